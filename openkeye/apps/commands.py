@@ -1,0 +1,58 @@
+"""`openkeye COMMAND`: parses arguments, then imports only what that command needs.
+
+Each command is a module of `openkeye.apps` with `SUMMARY`, `add_arguments(parser)` and `run(arguments) -> exit status`;
+those modules import nothing heavy at the top, so that `openkeye --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from openkeye import __version__
+from openkeye.common.checks import InputError
+
+COMMANDS = {
+    "ask": "openkeye.apps.ask",
+    "chat": "openkeye.apps.chat",
+    "frames": "openkeye.apps.frames",
+    "budget": "openkeye.apps.budget",
+    "info": "openkeye.apps.info",
+    "check": "openkeye.apps.check",
+    "evaluate": "openkeye.apps.evaluate",
+    "frameforge": "openkeye.apps.frameforge_command",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, every option with its help text."""
+    parser = argparse.ArgumentParser(prog="openkeye", description="Ask questions about videos with the Keye-VL-2.0 architecture.")
+    parser.add_argument("--version", action="version", version=f"openkeye {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"openkeye {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is lost and nothing is left to say.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

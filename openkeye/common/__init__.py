@@ -1,0 +1,1 @@
+"""Floor 1: what every other folder may use. Imports nothing of ours."""

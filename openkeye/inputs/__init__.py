@@ -1,0 +1,1 @@
+"""Floor 2: from files and messages to `ModelInput`."""

@@ -1,0 +1,1 @@
+"""Floor 2: every operation of the model; `reference.py` defines each one in plain PyTorch."""

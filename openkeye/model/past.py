@@ -1,0 +1,50 @@
+"""What attention asks of the past. The engine's pages, the trainer's packed batch and `check` each fulfil it.
+
+Letters: T new tokens, H query heads, G KV heads, D head width, J indexer heads, I indexer width.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IndexerOutput:
+    """The lightning indexer's view of the new tokens, after norms, rotary and Hadamard (report section on DSA, eq. of I[t, s])."""
+
+    query_TJI: Tensor
+    gates_TJ: Tensor
+    # float32, already multiplied by I ** -0.5
+    key_TI: Tensor
+
+
+class Past(Protocol):
+    """Keys and values of earlier tokens, and the attention over them."""
+
+    @property
+    def needs_index(self) -> bool:
+        """False where attention is dense and nothing scores: the decoder then skips the indexer and passes None."""
+        ...
+
+    def attend(
+        self,
+        layer_index: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        index: IndexerOutput | None,
+    ) -> Tensor:
+        """Append the new keys, select for each query, attend.
+
+        Args:
+            layer_index: 0-based decoder layer.
+            query_THD: [T, H, D] normalised and rotated.
+            key_TGD: [T, G, D] normalised and rotated.
+            value_TGD: [T, G, D].
+            index: the indexer's projections of the same tokens, or None where `needs_index` is False.
+
+        Returns:
+            [T, H, D]: softmax(q k / sqrt(D)) v over the selected, causal positions of each query's own sequence.
+        """
+        ...
