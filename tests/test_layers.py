@@ -15,7 +15,7 @@ ALLOWED = {
     "agents": {"inputs", "common"},
     "tasks": {"agents", "frameforge", "inputs", "common"},
     "engine": {"model", "kernels", "inputs", "common"},
-    "train": {"model", "data", "frameforge", "kernels", "inputs", "common"},
+    "train": {"model", "data", "kernels", "inputs", "common"},
     "rl": {"engine", "train", "tasks", "agents", "model", "data", "kernels", "inputs", "frameforge", "common"},
     "distill": {"rl", "engine", "train", "tasks", "agents", "model", "data", "kernels", "inputs", "frameforge", "common"},
 }

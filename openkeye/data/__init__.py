@@ -1,0 +1,1 @@
+"""Floor 3: from videos and questions to training batches."""

@@ -1,0 +1,76 @@
+"""`SlotBatch`: several clips of one length, each a video prefix with independent question slots behind it.
+
+A clip is encoded once and answers many questions: every slot sees the prefix and itself, never another slot, and its
+positions restart where the prefix ends. That gives the network about eight times the supervision per encoded frame.
+
+Letters: B clips, L tokens of a clip (prefix and slots), N slots of a clip.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openkeye.inputs.patches import Patches
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """How the L tokens of a clip divide: a prefix, then `num_slots` slots of `slot_length` tokens each."""
+
+    num_prefix: int
+    num_slots: int
+    slot_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix + self.num_slots * self.slot_length
+
+    def slot_mask(self, device: torch.device | str) -> Tensor:
+        """Which keys each slot token may see: [N * slot_length, L] bool."""
+        num_slot_tokens = self.num_slots * self.slot_length
+        index = torch.arange(num_slot_tokens, device=device)
+        same_slot = index[:, None] // self.slot_length == index[None, :] // self.slot_length
+        earlier = index[:, None] >= index[None, :]
+        prefix = torch.ones(num_slot_tokens, self.num_prefix, dtype=torch.bool, device=device)
+        return torch.cat([prefix, same_slot & earlier], dim=1)
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """Tokens, labels and pictures of one training step."""
+
+    layout: SlotLayout
+    input_ids_BL: Tensor
+    # int64
+    label_positions: Tensor
+    # [n] int64 into the flattened B * L: positions whose next token is part of an answer
+    label_ids: Tensor
+    # [n] int64: that next token
+    label_slots: Tensor
+    # [n] int64 into the flattened B * N
+    position_ids_3L: Tensor
+    # int64, the same for every clip
+    task_ids_BN: Tensor
+    # int64, index into the stream's list of tasks
+    patches: Patches
+    # every frame of every clip, clip after clip
+    cell_colours: Tensor
+    # [merged tokens] int64: colour whose sprite has its centre in this cell, 0 for none
+    cell_sprites: Tensor
+    # [merged tokens] int64: sprite likewise
+
+    def __post_init__(self) -> None:
+        shape = (self.task_ids_BN.shape[0], self.layout.num_tokens)
+        if tuple(self.input_ids_BL.shape) != shape:
+            raise ValueError(f"SlotBatch expects tokens {shape}, got {tuple(self.input_ids_BL.shape)}")
+        if not self.label_positions.shape == self.label_ids.shape == self.label_slots.shape:
+            raise ValueError("SlotBatch expects label_positions, label_ids and label_slots of one length")
+        if tuple(self.position_ids_3L.shape) != (3, self.layout.num_tokens):
+            raise ValueError(
+                f"SlotBatch expects positions (3, {self.layout.num_tokens}), got {tuple(self.position_ids_3L.shape)}"
+            )
+
+    @property
+    def num_clips(self) -> int:
+        return self.input_ids_BL.shape[0]

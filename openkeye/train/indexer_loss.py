@@ -1,0 +1,66 @@
+"""The lightning indexer learns which positions attention would look at (report, dense warm-up and sparse adaptation).
+
+    L = mean over rows of KL( p[t, :] || softmax(I[t, :]) ),   p = mean over heads of the attention probabilities
+
+over the visible set of each row: all causal positions in the warm-up, the selected ones in the adaptation. Taking the mean
+over the groups instead of one KL a group gives the same gradient, since the two losses differ by a term free of the indexer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openkeye.model.past import IndexerOutput
+
+
+@dataclass(frozen=True)
+class IndexerLoss:
+    """The loss of one layer on the sampled rows, and two figures without gradient."""
+
+    loss: Tensor
+    recall: Tensor
+    # share of attention's own top-k that the indexer's top-k holds, on rows that see more than k positions
+    mass: Tensor
+    # attention probability inside the indexer's top-k, on the same rows
+
+
+def index_scores(query_BRJI: Tensor, gates_BRJ: Tensor, key_BLI: Tensor) -> Tensor:
+    """I[t, s] = sum_j gate[t, j] relu(q[t, j] . k[s]), float32 [B, R, L] (report, DSA equation)."""
+    scores: Tensor | None = None
+    key_BIL = key_BLI.transpose(1, 2)
+    # One head at a time: the [B, R, J, L] products never stand together.
+    for head in range(query_BRJI.shape[2]):
+        term = torch.relu(query_BRJI[:, :, head] @ key_BIL).float() * gates_BRJ[:, :, head, None].float()
+        scores = term if scores is None else scores + term
+    assert scores is not None
+    return scores
+
+
+def indexer_loss(query_BHRD: Tensor, key_BHLD: Tensor, index: IndexerOutput, visible_BRL: Tensor, top_k: int) -> IndexerLoss:
+    """KL of the indexer's distribution against attention's, over the visible positions of each row.
+
+    Args:
+        query_BHRD, key_BHLD: the attention's own queries and keys (heads repeated to H), detached.
+        index: the indexer's output for the same rows ([B, R, J, I], [B, R, J]) and all keys ([B, L, I]).
+        visible_BRL: bool, at least one True a row.
+        top_k: the k of the selection, for the two figures.
+    """
+    scale = query_BHRD.shape[-1] ** -0.5
+    with torch.no_grad():
+        logits = (query_BHRD @ key_BHLD.transpose(2, 3)).float() * scale
+        target = logits.masked_fill(~visible_BRL[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+    scores = index_scores(index.query_TJI, index.gates_TJ, index.key_TI)
+    # A finite fill: minus infinity would turn 0 * (0 - inf) into NaN, in the value or in its gradient.
+    log_probability = scores.masked_fill(~visible_BRL, -1e9).log_softmax(dim=-1)
+    terms = target * (target.clamp_min(1e-20).log() - log_probability)
+    loss = terms.masked_fill(~visible_BRL, 0.0).sum(dim=-1).mean()
+    with torch.no_grad():
+        k = min(top_k, visible_BRL.shape[-1])
+        is_long = visible_BRL.sum(dim=-1) > k
+        chosen = scores.masked_fill(~visible_BRL, -torch.inf).topk(k, dim=-1).indices
+        wanted = torch.zeros_like(target).scatter_(2, target.topk(k, dim=-1).indices, 1.0)
+        num_rows = is_long.sum().clamp_min(1)
+        recall = (wanted.gather(2, chosen).sum(dim=-1) / max(k, 1) * is_long).sum() / num_rows
+        mass = (target.gather(2, chosen).sum(dim=-1) * is_long).sum() / num_rows
+    return IndexerLoss(loss, recall, mass)

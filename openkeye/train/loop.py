@@ -1,0 +1,176 @@
+"""The heart of training: take a batch, compute the losses, step, log, save. Open this file first.
+
+A run is a list of stages (`config.py`); it can stop after any step and resume, on this machine or another.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openkeye.common.log import JsonLines
+from openkeye.data.slot_batch import SlotBatch
+from openkeye.model.keye import KeyeModel
+from openkeye.train.checkpoint import load_state, prefixed, save_state, under
+from openkeye.train.config import StageConfig, TrainConfig
+from openkeye.train.groups import parameter_groups
+from openkeye.train.loss import answer_loss, balance_loss
+from openkeye.train.optimizer import Optimizer
+from openkeye.train.slot_past import SlotPast
+
+Batches = Callable[[int], Iterator[SlotBatch]]
+# from a first step to the batches of that step and all later ones, already on the device
+
+
+class CellHead(nn.Module):
+    """Training-only: names colour and sprite whose centre lies in each merged cell, straight from the projected features."""
+
+    def __init__(self, hidden_size: int, num_colours: int, num_sprites: int) -> None:
+        super().__init__()
+        self.colour = nn.Linear(hidden_size, num_colours + 1)
+        self.sprite = nn.Linear(hidden_size, num_sprites + 1)
+
+    def loss(self, features_MD: Tensor, colours_M: Tensor, sprites_M: Tensor) -> Tensor:
+        """Mean cross entropy of both names, cells without a centre weighted down to one tenth."""
+        weight = torch.where(sprites_M > 0, 1.0, 0.1)
+        colour = F.cross_entropy(self.colour(features_MD).float(), colours_M, reduction="none")
+        sprite = F.cross_entropy(self.sprite(features_MD).float(), sprites_M, reduction="none")
+        return ((colour + sprite) * weight).sum() / weight.sum()
+
+
+class Trainer:
+    """One run: the model, its optimizer and its place in the schedule."""
+
+    def __init__(
+        self, model: KeyeModel, config: TrainConfig, tasks: list[str], num_colours: int, num_sprites: int, run_dir: Path
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.tasks = tasks
+        self.run_dir = run_dir
+        self.device = next(model.parameters()).device
+        dtype = next(model.parameters()).dtype
+        self.cell_head = CellHead(model.config.hidden_size, num_colours, num_sprites).to(self.device, dtype)
+        self.optimizer = Optimizer(parameter_groups(model, self.cell_head, config), clip=config.clip)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
+        self.router_logits: list[Tensor] = []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda _module, _inputs, output: self.router_logits.append(output))
+        self.step_number = 0
+        self.sums: dict[str, Tensor] = {}
+        self.resume()
+
+    def resume(self) -> None:
+        """Take up the latest saved state of `run_dir`, if there is one."""
+        saved = load_state(self.run_dir)
+        if saved is not None:
+            self.step_number, tensors = saved
+            self.optimizer.load_state_tensors(under("optimizer", tensors))
+
+    def save(self) -> None:
+        """Write the state, so that a later `Trainer` on the same folder goes on from this step."""
+        save_state(self.run_dir, self.step_number, prefixed("optimizer", self.optimizer.state_tensors()))
+
+    def run(
+        self, batches: Batches, stop_after_seconds: float = float("inf"), on_log: Callable[[dict], None] | None = None
+    ) -> bool:
+        """Train until the last step or the time limit, then save. Returns True where the run is finished."""
+        log = JsonLines(self.run_dir / "log.jsonl")
+        started = last = time.monotonic()
+        iterator = batches(self.step_number)
+        while self.step_number < self.config.num_steps and time.monotonic() - started < stop_after_seconds:
+            stage, step_in_stage = self.config.stage_at(self.step_number)
+            self.step(next(iterator), stage, step_in_stage)
+            self.step_number += 1
+            if self.step_number % self.config.log_every == 0 or self.step_number == self.config.num_steps:
+                now = time.monotonic()
+                record = self._drain_sums() | {
+                    "step": self.step_number,
+                    "stage": stage.name,
+                    "seconds": now - started,
+                    "ms_per_step": 1000 * (now - last) / self.config.log_every,
+                }
+                last = now
+                log.write(**record)
+                if on_log is not None:
+                    on_log(record)
+        self.save()
+        log.close()
+        return self.step_number >= self.config.num_steps
+
+    def step(self, batch: SlotBatch, stage: StageConfig, step_in_stage: int) -> None:
+        """One optimizer step; figures gather on the device and reach the host only when logged."""
+        progress = step_in_stage / stage.num_steps
+        self.router_logits.clear()
+        past = SlotPast(
+            batch.layout,
+            batch.num_clips,
+            attention=stage.attention,
+            top_k=self.model.config.indexer.top_k,
+            num_loss_rows=stage.num_indexer_rows,
+            generator=self.generator,
+        )
+        is_indexer_only = stage.trains == "indexer"
+        with torch.set_grad_enabled(not is_indexer_only):
+            features = self.model.encode_patches(batch.patches)
+            embeds = self.model.embed(batch.input_ids_BL.flatten(), None, features)
+        positions = batch.position_ids_3L.repeat(1, batch.num_clips)
+        hidden = self.model(embeds, positions, past)
+        losses: list[Tensor] = []
+        if stage.answer_weight:
+            answers = answer_loss(
+                self.model.logits(hidden[batch.label_positions]),
+                batch.label_ids,
+                batch.label_slots,
+                batch.task_ids_BN.flatten(),
+                self.task_weights,
+            )
+            balance = balance_loss(self.router_logits, self.model.config.num_experts_per_tok)
+            losses += [stage.answer_weight * answers.loss, self.config.balance_weight * balance]
+            self._gather(answer_loss=answers.loss, balance=balance)
+            for number, task in enumerate(self.tasks):
+                self._gather_ratio(f"exact/{task}", answers.num_exact_by_task[number], answers.num_slots_by_task[number])
+        cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
+        if cell_weight > 0:
+            cell = self.cell_head.loss(features, batch.cell_colours, batch.cell_sprites)
+            losses.append(cell_weight * cell)
+            self._gather(cell_loss=cell)
+        if past.losses:
+            losses.append(torch.stack([layer.loss for layer in past.losses]).mean())
+            self._gather(
+                indexer_loss=losses[-1],
+                indexer_recall=torch.stack([layer.recall for layer in past.losses]).mean(),
+                indexer_mass=torch.stack([layer.mass for layer in past.losses]).mean(),
+            )
+        torch.stack(losses).sum().backward()
+        if is_indexer_only:
+            for name, parameter in self.model.named_parameters():
+                if "sa_indexer" not in name:
+                    parameter.grad = None
+        rate = stage.rate_start + (stage.rate_end - stage.rate_start) * progress
+        if stage.num_warmup_steps:
+            rate *= min(1.0, (step_in_stage + 1) / stage.num_warmup_steps)
+        norm = self.optimizer.step(rate, only="indexer" if is_indexer_only else None)
+        self._gather(gradient_norm=norm)
+
+    def _gather(self, **figures: Tensor) -> None:
+        for name, figure in figures.items():
+            self._gather_ratio(name, figure.detach(), torch.ones_like(figure))
+
+    def _gather_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
+        pair = torch.stack([numerator, denominator]).float()
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def _drain_sums(self) -> dict[str, float]:
+        values: dict[str, float] = defaultdict(float)
+        if self.sums:
+            table = torch.stack(list(self.sums.values())).tolist()
+            values = {name: top / max(bottom, 1e-9) for name, (top, bottom) in zip(self.sums, table, strict=True)}
+        values["num_skipped"] = float(self.optimizer.num_skipped)
+        self.sums = {}
+        return values
