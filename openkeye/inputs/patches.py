@@ -1,7 +1,9 @@
 """`Patches`: normalised 14x14 squares of pictures and frames, the record that the vision tower reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,3 +34,26 @@ class Patches:
         sizes = self.grid_thw.prod(dim=1)
         edges = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         return Patches(self.pixels[int(edges[start]) : int(edges[end])], self.grid_thw[start:end])
+
+
+def patches_from_pixels(pixels_NHWC: Tensor | np.ndarray, patch_size: int = 14) -> Patches:
+    """Cut equally sized pictures into normalised patches, row by row (report, vision tower; x / 127.5 - 1).
+
+    `pixels_NHWC`: [N, H, W, 3] values 0..255 (uint8, or float on any device); H and W multiples of 2 * patch_size.
+    """
+    pixels_NHWC = torch.as_tensor(pixels_NHWC)
+    num_pictures, height, width, num_channels = pixels_NHWC.shape
+    rows, columns = height // patch_size, width // patch_size
+    assert (rows * patch_size, columns * patch_size, num_channels) == (height, width, 3), tuple(pixels_NHWC.shape)
+    squares = pixels_NHWC.reshape(num_pictures, rows, patch_size, columns, patch_size, 3).permute(0, 1, 3, 5, 2, 4)
+    # Contiguous in the input's own type first: the copy moves a quarter of the bytes for uint8.
+    values = squares.contiguous().to(torch.float32).div_(127.5).sub_(1.0)
+    grid_thw = torch.tensor([[1, rows, columns]], dtype=torch.int64).repeat(num_pictures, 1)
+    return Patches(values.view(-1, 3, patch_size, patch_size), grid_thw)
+
+
+def join_patches(parts: Sequence[Patches]) -> Patches | None:
+    """The pictures of several records in one, in order; None for no record at all."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Patches(torch.cat([part.pixels for part in parts]), torch.cat([part.grid_thw for part in parts]))
