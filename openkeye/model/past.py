@@ -3,10 +3,13 @@
 Letters: T new tokens, H query heads, G KV heads, D head width, J indexer heads, I indexer width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from openkeye.kernels.dispatch import dense_attention, indexer_select, sparse_attention
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,35 @@ class Past(Protocol):
             [T, H, D]: softmax(q k / sqrt(D)) v over the selected, causal positions of each query's own sequence.
         """
         ...
+
+
+@dataclass
+class PlainPast:
+    """One sequence in one call, nothing before it: what `openkeye check` and tests run on."""
+
+    top_k: int
+    attention: str = "sparse"
+    # "sparse" or "dense"
+    selected: dict[int, Tensor] = field(default_factory=dict)
+    # layer -> [T, top_k] int32 positions, filled where attention is sparse
+
+    @property
+    def needs_index(self) -> bool:
+        return self.attention == "sparse"
+
+    def attend(
+        self,
+        layer_index: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        index: IndexerOutput | None,
+    ) -> Tensor:
+        """See `Past.attend`."""
+        positions = torch.arange(query_THD.shape[0], device=query_THD.device)
+        scale = query_THD.shape[-1] ** -0.5
+        if index is None:
+            return dense_attention(query_THD, key_TGD, value_TGD, positions, scale)
+        indices = indexer_select(index.query_TJI, index.gates_TJ, index.key_TI, self.top_k, positions)
+        self.selected[layer_index] = indices
+        return sparse_attention(query_THD, key_TGD, value_TGD, indices, scale)

@@ -1,0 +1,189 @@
+"""FrameForge clips as training batches: scenes and text are made in worker processes, pictures on the training device.
+
+A batch is a pure function of (seed, step), so a resumed run sees the same batches as one that never stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from openkeye.data.slot_batch import SlotBatch, SlotLayout
+from openkeye.frameforge.questions import TASKS
+from openkeye.frameforge.render import RenderJob, codec_like, join_jobs, render
+from openkeye.frameforge.stream import TrainingClip, make_training_clip
+from openkeye.inputs.patches import patches_from_pixels
+from openkeye.inputs.positions import position_ids
+from openkeye.inputs.processor import Processor
+
+FRAME_SIDE = 112
+# pixels; 8 x 8 patches, 4 x 4 merged cells
+CELLS = 4
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What decides a batch besides its step."""
+
+    model_dir: str
+    seed: int
+    num_frames_per_step: int
+    num_slots: int
+    slot_length: int
+    num_frames_at: Callable[[int], int]
+    # clip length in frames of each step; a picklable callable
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch before its pictures are drawn: small, made by a worker, moved to the device as it is."""
+
+    layout: SlotLayout
+    input_ids_BL: Tensor
+    label_positions: Tensor
+    label_ids: Tensor
+    label_slots: Tensor
+    position_ids_3L: Tensor
+    task_ids_BN: Tensor
+    job: RenderJob
+    seed: int
+
+
+class ClipText:
+    """Token ids of a clip's prefix and slots, the same as `inputs.encode` makes of a chat with one video and one question."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+        self.encode = lru_cache(maxsize=200_000)(self._encode)
+        special = processor.special_id
+        self.video_pad = special("<|video_pad|>")
+        self.head = [special("<|im_start|>"), *self.encode("user\n"), special("<|vision_start|>")]
+        self.tail = [special("<|vision_end|>")]
+        self.after_question = [special("<|im_end|>"), *self.encode("\n"), special("<|im_start|>"), *self.encode("assistant\n")]
+        self.after_answer = [special("<|im_end|>")]
+        self.frame = special("<|frame|>")
+
+    def _encode(self, text: str) -> list[int]:
+        return self.processor.encode_text(text)
+
+    def prefix(self, times_seconds: np.ndarray) -> list[int]:
+        """Everything up to and with the end of the video."""
+        ids = list(self.head)
+        pads = [self.video_pad] * (CELLS * CELLS)
+        for seconds in times_seconds:
+            ids += self.processor.encode_frame_text(float(seconds))
+            ids += pads
+        return ids + self.tail
+
+    def slot(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Tokens of one question with its answer, and where the answer begins."""
+        before = [*self.encode(question), *self.after_question]
+        return before + [*self.encode(answer), *self.after_answer], len(before)
+
+
+@lru_cache(maxsize=64)
+def slot_positions(prefix_ids: tuple[int, ...], num_frames: int, video_pad: int, layout: SlotLayout) -> Tensor:
+    """[3, L]: the prefix walked as in answering, then every slot from the prefix's end."""
+    grids = torch.tensor([[1, 2 * CELLS, 2 * CELLS]]).repeat(num_frames, 1)
+    prefix = position_ids(torch.tensor(prefix_ids), None, grids, -1, video_pad, 2)
+    slot = int(prefix.max()) + 1 + torch.arange(layout.slot_length)
+    return torch.cat([prefix, slot.repeat(layout.num_slots).expand(3, -1)], dim=1)
+
+
+def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatch:
+    """The batch of one step."""
+    num_frames = config.num_frames_at(step)
+    num_clips = max(1, config.num_frames_per_step // num_frames)
+    clips = [
+        make_training_clip(seed=config.seed, index=step * 4096 + number, num_frames=num_frames) for number in range(num_clips)
+    ]
+    prefixes = [text.prefix(clip.frame_times) for clip in clips]
+    layout = SlotLayout(len(prefixes[0]), config.num_slots, config.slot_length)
+    input_ids = torch.zeros(num_clips, layout.num_tokens, dtype=torch.int64)
+    labels: list[tuple[int, int, int]] = []
+    for number, (clip, prefix) in enumerate(zip(clips, prefixes, strict=True)):
+        assert len(prefix) == layout.num_prefix, "the frame text must have one length for every time"
+        input_ids[number, : layout.num_prefix] = torch.tensor(prefix)
+        for slot, question in enumerate(clip.questions[: config.num_slots]):
+            ids, answer_start = text.slot(question.text, question.answer)
+            assert len(ids) <= config.slot_length, f"slot of {len(ids)} tokens: {question.text!r} {question.answer!r}"
+            start = layout.num_prefix + slot * config.slot_length
+            input_ids[number, start : start + len(ids)] = torch.tensor(ids)
+            first = number * layout.num_tokens + start
+            labels += [
+                (first + place - 1, ids[place], number * config.num_slots + slot) for place in range(answer_start, len(ids))
+            ]
+    table = torch.tensor(labels)
+    return HostBatch(
+        layout,
+        input_ids,
+        table[:, 0],
+        table[:, 1],
+        table[:, 2],
+        slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout),
+        _task_ids(clips, config.num_slots),
+        join_jobs([clip.render_job for clip in clips]),
+        seed=config.seed * 1_000_003 + step,
+    )
+
+
+def _without_times(prefix: list[int], text: ClipText, num_frames: int) -> tuple[int, ...]:
+    """The prefix with every text token made equal: positions depend only on where the pads stand, which lets them be reused."""
+    return tuple(token if token == text.video_pad else 0 for token in prefix)
+
+
+def _task_ids(clips: list[TrainingClip], num_slots: int) -> Tensor:
+    return torch.tensor([[TASKS.index(question.task) for question in clip.questions[:num_slots]] for clip in clips])
+
+
+def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
+    """Draw the frames on the device, with damage like a video codec's, and cut them into patches."""
+    generator = torch.Generator(device).manual_seed(batch.seed)
+    frames = codec_like(render(batch.job, FRAME_SIDE, FRAME_SIDE, device), generator)
+    colours, sprites = batch.job.cell_labels(CELLS)
+    return SlotBatch(
+        batch.layout,
+        batch.input_ids_BL.to(device, non_blocking=True),
+        batch.label_positions.to(device, non_blocking=True),
+        batch.label_ids.to(device, non_blocking=True),
+        batch.label_slots.to(device, non_blocking=True),
+        batch.position_ids_3L.to(device, non_blocking=True),
+        batch.task_ids_BN.to(device, non_blocking=True),
+        patches_from_pixels(frames, 14),
+        torch.as_tensor(colours, dtype=torch.int64).to(device, non_blocking=True),
+        torch.as_tensor(sprites, dtype=torch.int64).to(device, non_blocking=True),
+    )
+
+
+class HostBatches(IterableDataset):
+    """Batches from `first_step` on; worker w of n makes every n-th."""
+
+    def __init__(self, config: StreamConfig, first_step: int) -> None:
+        self.config = config
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        torch.set_num_threads(1)
+        info = torch.utils.data.get_worker_info()
+        step, stride = (self.first_step, 1) if info is None else (self.first_step + info.id, info.num_workers)
+        text = ClipText(Processor.load(self.config.model_dir))
+        while True:
+            yield make_host_batch(self.config, text, step)
+            step += stride
+
+
+def batches(config: StreamConfig, first_step: int, num_workers: int, device: torch.device | str) -> Iterator[SlotBatch]:
+    """Device batches of `first_step`, `first_step + 1`, ... without end."""
+    loader = DataLoader(
+        HostBatches(config, first_step),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+    for host_batch in loader:
+        yield to_device(host_batch, device)

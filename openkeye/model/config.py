@@ -1,0 +1,185 @@
+"""`config.json` of the published layout as typed records; keys that we do not use are kept and written back."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openkeye.common.checks import InputError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower and the patch grid (`vision_config`)."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int = 384
+    patch_size: int = 14
+    num_channels: int = 3
+    spatial_merge_size: int = 2
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
+            raise InputError(
+                f"vision_config: hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "
+                "that is a multiple of 4 (two axes of rotated pairs)"
+            )
+        if self.hidden_act != "gelu_pytorch_tanh":
+            raise InputError(f"vision_config: hidden_act is {self.hidden_act!r}, expected 'gelu_pytorch_tanh'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def base_grid(self) -> int:
+        """Side of the learned position table, in patches."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """The lightning indexer (`sa_config`)."""
+
+    num_heads: int = 4
+    head_dim: int = 128
+    top_k: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.head_dim & (self.head_dim - 1) or self.head_dim < 2:
+            raise InputError(f"sa_config: indexer_head_dim {self.head_dim} must be a power of two (its Hadamard transform)")
+        if self.num_heads < 1 or self.top_k < 1:
+            raise InputError(f"sa_config: indexer_num_heads {self.num_heads} and topk {self.top_k} must be at least 1")
+
+
+@dataclass(frozen=True)
+class KeyeConfig:
+    """The whole network. Field names are the file's, where the file has one."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    indexer: IndexerConfig
+    vision: VisionConfig | None
+    max_position_embeddings: int = 262144
+    rms_norm_eps: float = 1e-6
+    norm_topk_prob: bool = True
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    eos_token_id: int = 151645
+    dtype: str = "bfloat16"
+    raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    # the file as read, so that saving writes back what we do not use
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads evenly"
+            )
+        if sum(self.mrope_section) * 2 != self.head_dim:
+            raise InputError(f"config.json: mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError(f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+
+    @property
+    def index_mrope_section(self) -> tuple[int, ...]:
+        """The main sections scaled to the indexer's width (spec: indexer rotary over all its dimensions)."""
+        scaled = [section * self.indexer.head_dim / self.head_dim for section in self.mrope_section]
+        if any(section != int(section) for section in scaled):
+            raise InputError(
+                f"sa_config: indexer_head_dim {self.indexer.head_dim} does not scale mrope_section {list(self.mrope_section)} "
+                "to whole numbers"
+            )
+        return tuple(int(section) for section in scaled)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "KeyeConfig":
+        """Read the flat published layout.
+
+        Raises:
+            InputError: a key is missing or a value is not supported; the message lists all missing keys.
+        """
+        required = [
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "num_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
+        ]  # fmt: skip
+        missing = [key for key in required if key not in raw]
+        theta = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
+        if theta is None:
+            missing.append("rope_theta (or rope_parameters.rope_theta)")
+        scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if "mrope_section" not in scaling:
+            missing.append("rope_scaling.mrope_section")
+        if missing:
+            raise InputError(f"config.json lacks {', '.join(missing)}: give the configuration of a Keye-VL-2.0 model")
+        if raw.get("attention_bias"):
+            raise InputError("config.json: attention_bias is true; this architecture has no attention biases")
+        if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
+            raise InputError("config.json: every layer must be a mixture of experts (mlp_only_layers [], decoder_sparse_step 1)")
+        sparse = raw.get("sa_config") or {}
+        vision = raw.get("vision_config")
+        eos = raw.get("eos_token_id", 151645)
+        optional = {
+            key: raw[key]
+            for key in (
+                "max_position_embeddings", "rms_norm_eps", "norm_topk_prob", "tie_word_embeddings",
+                "image_token_id", "video_token_id", "dtype",
+            )
+            if key in raw
+        }  # fmt: skip
+        return cls(
+            **{key: raw[key] for key in required},
+            rope_theta=float(theta),
+            mrope_section=tuple(scaling["mrope_section"]),
+            indexer=IndexerConfig(
+                sparse.get("indexer_num_heads", 4), sparse.get("indexer_head_dim", 128), sparse.get("topk", 2048)
+            ),
+            vision=None if vision is None else _vision_from_dict(vision),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            raw=raw,
+            **optional,
+        )
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> "KeyeConfig":
+        """Read `config.json` of a model folder.
+
+        Raises:
+            InputError: the file is missing, is not JSON, or does not describe this architecture.
+        """
+        path = Path(model_dir) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: give a model folder in the published layout")
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not valid JSON ({error}): restore the file from its source") from None
+        return cls.from_dict(raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file as it was read."""
+        return dict(self.raw)
+
+
+def _vision_from_dict(raw: dict[str, Any]) -> VisionConfig:
+    required = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    missing = [key for key in required if key not in raw]
+    if missing:
+        raise InputError(f"config.json: vision_config lacks {', '.join(missing)}")
+    names = VisionConfig.__dataclass_fields__
+    return VisionConfig(**{key: value for key, value in raw.items() if key in names})

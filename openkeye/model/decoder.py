@@ -1,0 +1,47 @@
+"""The decoder: embeddings, layers of attention and experts, final norm."""
+
+from torch import Tensor, nn
+
+from openkeye.model.attention import Attention, RotaryTables
+from openkeye.model.config import KeyeConfig
+from openkeye.model.experts import MixtureOfExperts
+from openkeye.model.norm import RmsNorm
+from openkeye.model.past import Past
+from openkeye.model.rotary import mrope_table
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention, pre-norm experts."""
+
+    def __init__(self, config: KeyeConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config)
+
+    def forward(self, x_TD: Tensor, rotary: RotaryTables, past: Past) -> Tensor:
+        """[T, D] -> [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, past)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Decoder(nn.Module):
+    """The published name `model`."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past) -> Tensor:
+        """[T, D] -> final normalised hidden states [T, D]."""
+        rotary = RotaryTables(
+            *mrope_table(position_ids_3T, self.config.mrope_section, self.config.rope_theta),
+            *mrope_table(position_ids_3T, self.config.index_mrope_section, self.config.rope_theta),
+        )
+        for layer in self.layers:
+            embeds_TD = layer(embeds_TD, rotary, past)
+        return self.norm(embeds_TD)

@@ -1,0 +1,36 @@
+"""The mixture of experts: fp32 softmax over all experts, the best few, renormalised."""
+
+import torch
+from torch import Tensor, nn
+
+from openkeye.kernels.dispatch import experts
+from openkeye.model.config import KeyeConfig
+
+
+class Experts(nn.Module):
+    """The fused weights in the published, input-major layout."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        shape = (config.num_experts, config.hidden_size, 2 * config.moe_intermediate_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.moe_intermediate_size, config.hidden_size))
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts (spec: softmax over all, top-k, divided by their sum)."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        probabilities = self.gate(x_TD).float().softmax(dim=-1)
+        weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return experts(x_TD, self.experts.gate_up_proj, self.experts.down_proj, weights.to(x_TD.dtype), expert_ids)

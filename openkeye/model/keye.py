@@ -1,0 +1,67 @@
+"""The whole network; parameter names are the published ones, so that the state dict is the checkpoint."""
+
+import torch
+from torch import Tensor, nn
+
+from openkeye.common.checks import InputError
+from openkeye.inputs.patches import Patches
+from openkeye.model.config import KeyeConfig
+from openkeye.model.decoder import Decoder
+from openkeye.model.past import Past
+from openkeye.model.projector import Projector
+from openkeye.model.vision import VisionTower, same_size_runs
+
+
+class KeyeModel(nn.Module):
+    """Vision tower, projector, decoder and head."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.vision is not None:
+            self.visual = VisionTower(config.vision)
+            self.mlp_AR = Projector(config)
+
+    def encode_patches(self, patches: Patches) -> Tensor:
+        """Pictures or frames to decoder-width vectors, [merged tokens, hidden], in order.
+
+        Pictures never attend to one another, so any split of them over calls gives the same vectors.
+        """
+        assert self.config.vision is not None, "a text-only configuration has no vision tower"
+        outputs = []
+        start = 0
+        for first, end, height, width in same_size_runs(patches):
+            size = (end - first) * height * width
+            pixels = patches.pixels[start : start + size].unflatten(0, (end - first, height * width))
+            outputs.append(self.mlp_AR(self.visual.vision_model(pixels, height, width), height, width))
+            start += size
+        return torch.cat(outputs)
+
+    def embed(self, input_ids_T: Tensor, image_embeds: Tensor | None, video_embeds: Tensor | None) -> Tensor:
+        """Token embeddings with the rows of image and video pads overwritten, in order, [T, hidden].
+
+        Raises:
+            InputError: the number of pads differs from the number of vectors.
+        """
+        embeds = self.model.embed_tokens(input_ids_T)
+        for token_id, vectors in ((self.config.image_token_id, image_embeds), (self.config.video_token_id, video_embeds)):
+            if vectors is None:
+                continue
+            is_pad = input_ids_T == token_id
+            if not is_pad.is_cuda and int(is_pad.sum()) != vectors.shape[0]:
+                raise InputError(f"the prompt holds {int(is_pad.sum())} pads of token {token_id} for {vectors.shape[0]} vectors")
+            # masked_scatter fills in order without asking the device how many pads there are.
+            embeds = embeds.masked_scatter(is_pad[:, None], vectors.to(embeds.dtype))
+        return embeds
+
+    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past) -> Tensor:
+        """Run the decoder on new tokens: [T, hidden] -> normalised hidden states [T, hidden]."""
+        return self.model(embeds_TD, position_ids_3T, past)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, hidden] -> [T, vocabulary]."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return nn.functional.linear(hidden_TD, weight)

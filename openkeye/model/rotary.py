@@ -1,0 +1,30 @@
+"""Rotary tables: three-axis, sectioned (decoder and indexer) and two-axis (vision)."""
+
+import torch
+from torch import Tensor
+
+
+def mrope_table(position_ids_3T: Tensor, sections: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D], D = 2 * sum(sections): frequency i belongs to the axis whose section holds it, both halves alike.
+
+    Frequencies theta^(-2i/D); the first section is time, then height, then width (sectioned, not interleaved).
+    """
+    half = sum(sections)
+    device = position_ids_3T.device
+    # float64 for the powers only: positions reach 262,144, where an fp32 angle already loses digits.
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(sections, device=device), output_size=half)
+    angles = position_ids_3T[axis].t().float() * frequencies.float()
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def grid_table(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [height * width, head_dim] of a patch grid, row-major: first the row's angles, then the column's, twice."""
+    quarter = head_dim // 4
+    frequencies = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
