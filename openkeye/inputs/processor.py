@@ -54,9 +54,7 @@ class Processor:
         config = read_json(folder / "config.json")
         preprocessor = read_json(folder / "preprocessor_config.json")
         _check_normalisation(folder, preprocessor)
-        vision = config.get("vision_config") or {}
-        patch_size = int(preprocessor.get("patch_size") or vision.get("patch_size") or 14)
-        merge_size = int(preprocessor.get("merge_size") or vision.get("spatial_merge_size") or 2)
+        patch_size, merge_size = _patch_and_merge(config, preprocessor)
         image_limits, video_limits = limits_from_config(preprocessor, patch_size * merge_size)
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         return cls(
@@ -91,6 +89,21 @@ class Processor:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         return self.tokenizer.decode(ids, skip_special_tokens)
+
+
+def load_limits(model_dir: str | Path) -> tuple[ImageLimits, VideoLimits]:
+    """The limits of a checkpoint alone, without its tokenizer."""
+    folder = resolve_model_dir(model_dir)
+    preprocessor = read_json(folder / "preprocessor_config.json")
+    patch_size, merge_size = _patch_and_merge(read_json(folder / "config.json"), preprocessor)
+    return limits_from_config(preprocessor, patch_size * merge_size)
+
+
+def _patch_and_merge(config: dict[str, Any], preprocessor: dict[str, Any]) -> tuple[int, int]:
+    """Pixels a side of a patch, and patches a side of a merged token."""
+    vision = config.get("vision_config") or {}
+    patch_size = int(preprocessor.get("patch_size") or vision.get("patch_size") or 14)
+    return patch_size, int(preprocessor.get("merge_size") or vision.get("spatial_merge_size") or 2)
 
 
 def read_json(path: Path) -> dict[str, Any]:

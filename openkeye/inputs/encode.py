@@ -1,0 +1,258 @@
+"""The whole walk from chat messages to `ModelInput`: media are sized first, counted, and only then decoded."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from openkeye.common.checks import InputError
+from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, local_path, open_image
+from openkeye.inputs.messages import MediaPart, split_messages
+from openkeye.inputs.model_input import ModelInput
+from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
+from openkeye.inputs.positions import position_ids
+from openkeye.inputs.processor import Processor
+from openkeye.inputs.sampling import ImageLimits, VideoLimits, plan_video
+from openkeye.inputs.video import Frames, Progress, VideoRequest, read_request, request_video
+from openkeye.inputs.video_scan import VideoScan, scan_video
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt ready for the model, with what a person may want to know about it."""
+
+    model_input: ModelInput
+    text: str
+    # as the template wrote it, one placeholder per picture or video
+    videos: list[Frames]
+    media_hashes: tuple[str, ...]
+    # one per picture or frame, in the order of the prompt: equal where the pixels are equal
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def frames(self) -> Frames | None:
+        """The frames of the first video, if there is one."""
+        return self.videos[0] if self.videos else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.model_input.num_tokens
+
+
+@dataclass(frozen=True)
+class _SizedImage:
+    image: PIL.Image.Image
+    height: int
+    width: int
+
+
+_SizedMedia = _SizedImage | VideoRequest | Frames
+# Media whose token count is known; only a VideoRequest still has to be decoded.
+
+
+def encode(
+    messages: Sequence[Mapping[str, Any]],
+    processor: Processor,
+    video_limits: VideoLimits | None = None,
+    num_reserved_tokens: int = 0,
+    max_tokens: int | None = None,
+    on_progress: Progress | None = None,
+    add_generation_prompt: bool = True,
+    **template_options: Any,
+) -> EncodedPrompt:
+    """Turn chat messages with pictures and videos into tokens, positions and patches.
+
+    `messages`: see `openkeye.inputs.messages`; a video may also be `Frames` or a `VideoScan` already at hand.
+    `num_reserved_tokens`: room kept for the answer in `max_tokens` (default: the checkpoint's context length).
+    Raises InputError for unreadable media and, before any video is decoded, for prompts past the context.
+    """
+    plain_messages, parts = split_messages(messages)
+    limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
+    media = _size_media(parts, processor, limits)
+    pieces = processor.template.render(plain_messages, add_generation_prompt, **template_options)
+    template_ids = [
+        token
+        for text, is_prose in pieces
+        for token in (processor.encode_text(text) if is_prose else processor.tokenizer.encode_template(text))
+    ]
+    _check_placeholders(template_ids, parts, processor)
+    expected = sum(_num_tokens(item, processor) for item in media) + len(template_ids) - len(media)
+    _check_length(expected, num_reserved_tokens, max_tokens or processor.max_tokens, media, processor)
+    decoded = list(_decode(media, on_progress))
+    return _assemble(template_ids, decoded, processor, "".join(text for text, _ in pieces))
+
+
+def _size_media(parts: list[MediaPart], processor: Processor, video_limits: VideoLimits) -> list[_SizedMedia]:
+    num_videos = sum(part.kind == "video" for part in parts)
+    sized: list[_SizedMedia] = []
+    for part in parts:
+        if part.kind == "image":
+            limits = _image_limits(processor.image_limits, part.options)
+            image = open_image(part.content)
+            name = part.content if isinstance(part.content, (str, Path)) else "image"
+            sized.append(_SizedImage(image, *image_size(image, limits, str(name)[:80])))
+        else:
+            sized.append(_size_video(part, video_limits, num_videos))
+    return sized
+
+
+def _image_limits(limits: ImageLimits, options: Mapping[str, Any]) -> ImageLimits:
+    """The limits of one picture: a request's own ones count for it alone."""
+    low, high = options.get("min_pixels"), options.get("max_pixels")
+    if high is not None and low is None:
+        low = min(limits.min_pixels, high)
+    if low is not None and high is None:
+        high = max(limits.max_pixels, low)
+    return replace(limits, min_pixels=low or limits.min_pixels, max_pixels=high or limits.max_pixels)
+
+
+def _size_video(part: MediaPart, limits: VideoLimits, num_videos: int) -> VideoRequest | Frames:
+    content = part.content
+    if isinstance(content, Frames):
+        height, width = content.pixels.shape[1:3]
+        if height % limits.factor or width % limits.factor:
+            raise InputError(f"{content.source}: frames of {width}x{height}; both sides must be multiples of {limits.factor}")
+        return content
+    limits = _video_limits(limits, part.options)
+    if isinstance(content, (list, tuple)):
+        return _frames_of_pictures(content, part.options.get("fps"), limits, num_videos)
+    if isinstance(content, VideoScan):
+        scan = content
+    elif isinstance(content, str) and content.startswith("data:"):
+        scan = scan_video(bytes_of_data_url(content, "video data URL"), "video data URL")
+    elif isinstance(content, bytes):
+        scan = scan_video(content, "video bytes")
+    elif isinstance(content, (str, Path)):
+        scan = scan_video(local_path(content))
+    else:
+        raise InputError(f"a video given as {type(content).__name__}; give a path, a data URL, bytes or a list of pictures")
+    return request_video(scan, limits, num_videos, part.options.get("start_seconds"), part.options.get("end_seconds"))
+
+
+def _video_limits(limits: VideoLimits, options: Mapping[str, Any]) -> VideoLimits:
+    """The limits of one video; a request's least size may only raise the checkpoint's (spec: 4.3)."""
+    area = limits.factor * limits.factor
+    tokens = {
+        name: options[key] // area
+        for name, key in (("max_tokens_per_frame", "max_pixels"), ("total_tokens", "total_pixels"))
+        if key in options
+    }
+    if "min_pixels" in options:
+        tokens["min_tokens_per_frame"] = max(limits.min_tokens_per_frame, options["min_pixels"] // area)
+    same_names = ("fps", "num_frames", "min_frames", "max_frames", "adaptive")
+    return limits.changed(**tokens, **{name: options[name] for name in same_names if name in options})
+
+
+def _frames_of_pictures(pictures: Sequence[Any], fps: float | None, limits: VideoLimits, num_videos: int) -> Frames:
+    """A video given as pictures `1 / fps` seconds apart (default: the sampling rate); all take the first one's size."""
+    if not pictures:
+        raise InputError("a video given as an empty list; give at least one picture")
+    fps = fps or limits.fps
+    first = open_image(pictures[0])
+    plan = plan_video(first.height, first.width, len(pictures), fps, limits, num_videos, "list of pictures")
+    pixels = np.stack([image_pixels(open_image(pictures[index]), plan.height, plan.width) for index in plan.frame_indices])
+    times = [round(index / fps, 6) for index in plan.frame_indices.tolist()]
+    return Frames(pixels, times, "list of pictures", len(pictures) / fps)
+
+
+def _check_placeholders(template_ids: list[int], parts: list[MediaPart], processor: Processor) -> None:
+    for kind, token in (("image", processor.image_token_id), ("video", processor.video_token_id)):
+        num_given, num_placed = sum(part.kind == kind for part in parts), template_ids.count(token)
+        if num_given != num_placed:
+            raise InputError(
+                f"{processor.model_dir}: its chat template places {num_placed} {kind}s where the messages hold {num_given}; "
+                "use a multimodal chat template"
+            )
+
+
+def _num_tokens(item: _SizedMedia, processor: Processor) -> int:
+    """Tokens that stand for one medium, before it is decoded."""
+    area = processor.image_limits.factor**2
+    if isinstance(item, _SizedImage):
+        return item.height * item.width // area
+    if isinstance(item, Frames):
+        tokens_per_frame = item.pixels.shape[1] * item.pixels.shape[2] // area
+    else:
+        tokens_per_frame = item.plan.tokens_per_frame
+    return sum(len(processor.encode_frame_text(seconds)) + tokens_per_frame for seconds in item.times_seconds)
+
+
+def _check_length(
+    num_tokens: int, num_reserved: int, max_tokens: int | None, media: list[_SizedMedia], processor: Processor
+) -> None:
+    if max_tokens is None or num_tokens + num_reserved <= max_tokens:
+        return
+    num_media = sum(_num_tokens(item, processor) for item in media)
+    mend = (
+        "take fewer frames (a lower fps) or a shorter part (start, end)" if num_media > num_tokens / 2 else "shorten the text"
+    )
+    raise InputError(
+        f"the prompt has {num_tokens:,} tokens ({num_media:,} of pictures) and the answer may take {num_reserved:,}; "
+        f"the context holds {max_tokens:,}: {mend}"
+    )
+
+
+def _decode(media: list[_SizedMedia], on_progress: Progress | None) -> Iterator[np.ndarray | Frames]:
+    """Pixels of each medium in order: [H, W, 3] for a picture, `Frames` for a video."""
+    num_frames = sum(len(item.frame_numbers) for item in media if isinstance(item, VideoRequest))
+    num_done = 0
+    for item in media:
+        if isinstance(item, _SizedImage):
+            yield image_pixels(item.image, item.height, item.width)
+        elif isinstance(item, Frames):
+            yield item
+        else:
+            before = num_done
+            report = None if on_progress is None else (lambda done, _, before=before: on_progress(before + done, num_frames))
+            yield read_request(item, report)
+            num_done += len(item.frame_numbers)
+
+
+def _assemble(template_ids: list[int], decoded: list[np.ndarray | Frames], processor: Processor, text: str) -> EncodedPrompt:
+    """Put every medium's tokens in its placeholder's place."""
+    ids: list[int] = []
+    images: list[Patches] = []
+    frames: list[Patches] = []
+    hashes: list[str] = []
+    remaining = iter(decoded)
+    for token in template_ids:
+        if token not in (processor.image_token_id, processor.video_token_id):
+            ids.append(token)
+            continue
+        item = next(remaining)
+        pixels_NHWC = item.pixels if isinstance(item, Frames) else item[None]
+        patches = patches_from_pixels(pixels_NHWC, processor.patch_size)
+        (frames if isinstance(item, Frames) else images).append(patches)
+        hashes += [_hash(picture) for picture in pixels_NHWC]
+        pads = [token] * (int(patches.grid_thw[0].prod()) // processor.merge_size**2)
+        if isinstance(item, Frames):
+            for seconds in item.times_seconds:
+                ids += processor.encode_frame_text(seconds)
+                ids += pads
+        else:
+            ids += pads
+    input_ids = torch.tensor(ids, dtype=torch.int64)
+    image_patches, video_patches = join_patches(images), join_patches(frames)
+    positions = position_ids(
+        input_ids,
+        None if image_patches is None else image_patches.grid_thw,
+        None if video_patches is None else video_patches.grid_thw,
+        processor.image_token_id,
+        processor.video_token_id,
+        processor.merge_size,
+    )
+    videos = [item for item in decoded if isinstance(item, Frames)]
+    notes = [f"{video.source}: {note}" for video in videos for note in video.notes]
+    return EncodedPrompt(ModelInput(input_ids, positions, image_patches, video_patches), text, videos, tuple(hashes), notes)
+
+
+def _hash(picture_HWC: np.ndarray) -> str:
+    content = hashlib.blake2b(repr(picture_HWC.shape).encode(), digest_size=16)
+    content.update(picture_HWC.tobytes())
+    return content.hexdigest()
