@@ -8,10 +8,19 @@ reach stands in recipes/README.md.
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from openkeye.data.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, StreamConfig, batches
+from openkeye.model.config import KeyeConfig
+from openkeye.model.keye import KeyeModel
+from openkeye.model.weights import save_model
 from openkeye.train.config import StageConfig, TrainConfig
+from openkeye.train.initialise import count_parameters, initialise
+from openkeye.train.loop import Trainer
 
 CHECKPOINT = Path(__file__).parent.parent / "openkeye" / "checkpoints" / "openkeye-tiny"
 
@@ -49,7 +58,7 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
     )
 
 
-def smoke(model_dir: str) -> TrainConfig:
+def smoke(model_dir: str = str(CHECKPOINT)) -> TrainConfig:
     """Two steps of every stage on the shortest clips: the same code on a CPU, in seconds."""
     config = tiny(model_dir, num_workers=0)
     stages = tuple(
@@ -58,22 +67,59 @@ def smoke(model_dir: str) -> TrainConfig:
     return replace(config, stages=stages, num_frames_per_step=16, log_every=1)
 
 
+@dataclass(frozen=True)
+class FrameCounts:
+    """The clip length of each step, drawn from its stage's list: the same for every worker and every resumed run."""
+
+    config: TrainConfig
+
+    def __call__(self, step: int) -> int:
+        stage, _ = self.config.stage_at(min(step, self.config.num_steps - 1))
+        weights = np.array(stage.frame_weights or [1.0] * len(stage.frame_counts))
+        rng = np.random.default_rng([self.config.seed, step])
+        return int(rng.choice(stage.frame_counts, p=weights / weights.sum()))
+
+
+def run(config: TrainConfig, run_dir: Path, out_dir: Path, stop_after_seconds: float) -> bool:
+    """Train until finished or out of time; the weights so far are written to `out_dir` either way."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = KeyeModel(KeyeConfig.load(config.model_dir))
+    initialise(model, config.seed)
+    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    trainer = Trainer(model, config, list(TASKS), NUM_COLOURS, NUM_SPRITES, run_dir)
+    stream = StreamConfig(
+        config.model_dir, config.seed, config.num_frames_per_step, config.num_slots, config.slot_length, FrameCounts(config)
+    )
+    print(f"{count_parameters(model):,} weights, step {trainer.step_number} of {config.num_steps}, on {device}", flush=True)
+    is_finished = trainer.run(
+        lambda first_step: batches(stream, first_step, config.num_workers, device), stop_after_seconds, on_log=print_figures
+    )
+    save_model(model, out_dir)
+    return is_finished
+
+
+def print_figures(record: dict) -> None:
+    """One line of the log for people."""
+    tasks = " ".join(f"{task[:6]} {record[f'exact/{task}']:.2f}" for task in TASKS if f"exact/{task}" in record)
+    others = " ".join(
+        f"{name} {record[name]:.3f}"
+        for name in ("answer_loss", "cell_loss", "indexer_loss", "indexer_recall", "indexer_mass", "gradient_norm", "num_skipped")
+        if name in record
+    )
+    print(f"{record['step']:6d} {record['seconds']:6.0f} s {record['ms_per_step']:5.0f} ms  {tasks}  {others}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train openkeye-tiny.")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--stop-after-seconds", type=float, default=float("inf"), help="save and leave after this many seconds")
-    parser.add_argument("--out", type=Path, default=None, help="write the weights here instead of into the package")
-    parser.add_argument("--smoke", action="store_true", help="a few steps on a CPU")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="write the weights here instead of into the package")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of every stage on short clips")
     parser.add_argument("--num-workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-
-    from openkeye.train.tiny_run import run
-
-    config = smoke(str(CHECKPOINT)) if arguments.smoke else tiny(num_workers=arguments.num_workers)
-    is_finished = run(
-        replace(config, seed=arguments.seed), arguments.run_dir, arguments.out or CHECKPOINT, arguments.stop_after_seconds
-    )
+    config = smoke() if arguments.smoke else tiny(num_workers=arguments.num_workers)
+    is_finished = run(replace(config, seed=arguments.seed), arguments.run_dir, arguments.out, arguments.stop_after_seconds)
     print("finished" if is_finished else "not finished: run the same command again to go on", flush=True)
     return 0
 

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(num_clips: int = 4000) -> Tokenizer:
-    """A byte-level BPE of 1,024 tokens over FrameForge's questions and answers; digits stand alone, any text can be encoded."""
+    """A byte-level BPE over FrameForge's questions and answers; digits stand alone, any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -51,7 +51,7 @@ def make_tokenizer(num_clips: int = 4000) -> Tokenizer:
         for question in make_training_clip(seed=1, index=index, num_frames=24).questions:
             texts += [question.text, question.answer]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=672,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -79,8 +79,8 @@ def model_config(token_id: dict[str, int]) -> dict:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
-        "vocab_size": 1024,
-        "tie_word_embeddings": True,
+        "vocab_size": 672,
+        "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
         "rope_theta": 1000000.0,
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from openkeye.data.slot_batch import SlotBatch, SlotLayout
+from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
-from openkeye.frameforge.render import RenderJob, codec_like, join_jobs, render
-from openkeye.frameforge.stream import TrainingClip, make_training_clip
+from openkeye.frameforge.render import RenderJob, join_jobs, render
+from openkeye.frameforge.stream import TrainingClip, codec_like, make_training_clip
 from openkeye.inputs.patches import patches_from_pixels
 from openkeye.inputs.positions import position_ids
 from openkeye.inputs.processor import Processor
@@ -23,6 +24,8 @@ from openkeye.inputs.processor import Processor
 FRAME_SIDE = 112
 # pixels; 8 x 8 patches, 4 x 4 merged cells
 CELLS = 4
+NUM_COLOURS = len(COLOUR_NAMES)
+NUM_SPRITES = len(SPRITES)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
         table[:, 2],
         slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout),
         _task_ids(clips, config.num_slots),
-        join_jobs([clip.render_job for clip in clips]),
+        join_jobs([clip.job for clip in clips]),
         seed=config.seed * 1_000_003 + step,
     )
 
@@ -142,8 +145,8 @@ def _task_ids(clips: list[TrainingClip], num_slots: int) -> Tensor:
 
 def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
     """Draw the frames on the device, with damage like a video codec's, and cut them into patches."""
-    generator = torch.Generator(device).manual_seed(batch.seed)
-    frames = codec_like(render(batch.job, FRAME_SIDE, FRAME_SIDE, device), generator)
+    generator = torch.Generator().manual_seed(batch.seed)
+    frames = codec_like(render(batch.job, FRAME_SIDE, device), generator)
     colours, sprites = batch.job.cell_labels(CELLS)
     return SlotBatch(
         batch.layout,

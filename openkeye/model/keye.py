@@ -1,5 +1,7 @@
 """The whole network; parameter names are the published ones, so that the state dict is the checkpoint."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ class KeyeModel(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.config = config
+        self.kept_tensors: tuple[Any, ...] = ()
+        # tensors of the checkpoint's files that no computation uses (`weights.KeptTensor`)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -58,7 +58,7 @@ class TrainConfig:
     seed: int = 0
     num_frames_per_step: int = 3072
     num_slots: int = 8
-    slot_length: int = 44
+    slot_length: int = 56
     muon_rate: float = 2e-3
     adamw_rate: float = 2e-3
     indexer_rate: float = 1e-3
