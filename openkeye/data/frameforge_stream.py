@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from openkeye.data.slot_batch import SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
-from openkeye.frameforge.render import RenderJob, join_jobs, render
+from openkeye.frameforge.render import RenderJob, join_jobs, render, upload
 from openkeye.frameforge.stream import TrainingClip, codec_like, make_training_clip
 from openkeye.inputs.patches import patches_from_pixels
 from openkeye.inputs.positions import position_ids
@@ -150,15 +150,15 @@ def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
     colours, sprites = batch.job.cell_labels(CELLS)
     return SlotBatch(
         batch.layout,
-        batch.input_ids_BL.to(device, non_blocking=True),
-        batch.label_positions.to(device, non_blocking=True),
-        batch.label_ids.to(device, non_blocking=True),
-        batch.label_slots.to(device, non_blocking=True),
-        batch.position_ids_3L.to(device, non_blocking=True),
-        batch.task_ids_BN.to(device, non_blocking=True),
+        upload(batch.input_ids_BL, device),
+        upload(batch.label_positions, device),
+        upload(batch.label_ids, device),
+        upload(batch.label_slots, device),
+        upload(batch.position_ids_3L, device),
+        upload(batch.task_ids_BN, device),
         patches_from_pixels(frames, 14),
-        torch.as_tensor(colours, dtype=torch.int64).to(device, non_blocking=True),
-        torch.as_tensor(sprites, dtype=torch.int64).to(device, non_blocking=True),
+        upload(torch.from_numpy(colours), device),
+        upload(torch.from_numpy(sprites), device),
     )
 
 

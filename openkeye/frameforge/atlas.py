@@ -17,7 +17,7 @@ DRAWN_HEIGHT = 96
 
 
 @lru_cache(maxsize=4)
-def atlas_masks(side: int) -> Tensor:
+def atlas_masks(side: int, device: torch.device) -> Tensor:
     """Masks for a canvas of `side` pixels: float32 [sprites, 2, cell height, cell width], fill and rim coverage in 0..1.
 
     Cells are about as large as the largest sprite on that canvas, so that sampling neither blurs nor aliases.
@@ -29,7 +29,7 @@ def atlas_masks(side: int) -> Tensor:
         fill = _draw_object(name) if number < NUM_OBJECT_SPRITES else _draw_text(name)
         rim = fill.filter(ImageFilter.MaxFilter(9))
         cells.append([np.asarray(mask.resize((width, height), Image.Resampling.BOX)) for mask in (fill, rim)])
-    return torch.from_numpy(np.asarray(cells)).float() / 255
+    return torch.from_numpy(np.asarray(cells)).float().to(device) / 255
 
 
 def _canvas() -> tuple[Image.Image, float, float, float]:

@@ -106,29 +106,36 @@ def render(job: RenderJob, side: int, device: torch.device | str) -> Tensor:
     ).to(device)
     backgrounds = _backgrounds(job, side, device)
     canvas = F.pad(backgrounds, (0, 0, margin, margin, margin, margin))[clip_of_frame]
-    masks = atlas_masks(side).to(device)
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
-    instances = torch.from_numpy(job.instances)
-    for is_caption in (False, True):
-        kind = instances[instances[:, 8] == float(is_caption)]
-        for layer in kind[:, 1].unique().tolist():
-            # Captions may share a layer: words and numbers stand in bands of their own and are drawn one kind at a time.
-            rows = kind[kind[:, 1] == layer]
-            for part in _at_most_one_a_frame(rows):
-                _draw(canvas, part.to(device), masks, palette, side, margin, is_caption)
+    masks = atlas_masks(side, torch.device(device))
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32).to(device)
+    parts = _draw_order(job.instances)
+    # One upload for all parts: a copy for each would wait for the device each time.
+    uploaded = upload(torch.from_numpy(np.concatenate(parts)), device) if parts else torch.zeros(0, len(COLUMNS))
+    for part, rows in zip(parts, uploaded.split([len(part) for part in parts]), strict=True):
+        _draw(canvas, rows, masks, palette, side, margin, bool(part[0, 8]))
     return canvas[:, margin : margin + side, margin : margin + side].clamp(0, 255).round().to(torch.uint8)
 
 
-def _at_most_one_a_frame(rows: Tensor) -> list[Tensor]:
-    """Split rows so that no part names a frame twice: writes of one part never meet."""
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To the device, through pinned memory where that lets the copy run while the host goes on."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _draw_order(instances: np.ndarray) -> list[np.ndarray]:
+    """Rows in drawing order, objects before captions, split so that no part names a frame twice: writes of one part never meet."""
     parts = []
-    while len(rows):
-        frames = rows[:, 0].numpy()
-        _, first = np.unique(frames, return_index=True)
-        is_first = np.zeros(len(frames), bool)
-        is_first[first] = True
-        parts.append(rows[torch.from_numpy(is_first)])
-        rows = rows[torch.from_numpy(~is_first)]
+    for is_caption in (0.0, 1.0):
+        kind = instances[instances[:, 8] == is_caption]
+        for layer in np.unique(kind[:, 1]):
+            rows = kind[kind[:, 1] == layer]
+            while len(rows):
+                _, first = np.unique(rows[:, 0], return_index=True)
+                is_first = np.zeros(len(rows), bool)
+                is_first[first] = True
+                parts.append(rows[is_first])
+                rows = rows[~is_first]
     return parts
 
 
@@ -207,7 +214,7 @@ def _backgrounds(job: RenderJob, side: int, device: torch.device | str) -> Tenso
 
 def _photographs(table: Tensor, side: int, device: torch.device | str) -> Tensor:
     """The chosen crops, dimmed so that sprites stand out, [B, side, side, 3]."""
-    bank = photograph_bank().to(device)[table[:, 8].long()]
+    bank = photograph_bank(torch.device(device))[table[:, 8].long()]
     scale = table[:, 11]
     theta = torch.zeros(len(table), 2, 3, device=device)
     theta[:, 0, 0], theta[:, 1, 1] = scale, scale
@@ -226,9 +233,9 @@ def num_photographs() -> int:
     return len(_photograph_paths())
 
 
-@lru_cache(maxsize=1)
-def photograph_bank() -> Tensor:
+@lru_cache(maxsize=2)
+def photograph_bank(device: torch.device) -> Tensor:
     """All photographs, [n, 3, PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE] float32 0..255."""
     size = (PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE)
     pictures = [np.asarray(Image.open(path).convert("RGB").resize(size)) for path in _photograph_paths()]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().to(device)

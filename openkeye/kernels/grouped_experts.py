@@ -22,8 +22,8 @@ def grouped_experts(x_TD: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, weights
     num_tokens, num_picked = expert_ids_TK.shape
     flat_ids = expert_ids_TK.flatten()
     order = flat_ids.argsort(stable=True)
-    counts = F.one_hot(flat_ids, gate_up_EDF.shape[0]).sum(dim=0)
-    ends = counts.cumsum(dim=0).int()
+    experts = torch.arange(gate_up_EDF.shape[0], device=flat_ids.device)
+    ends = (flat_ids[:, None] <= experts).sum(dim=0).int()
     rows = x_TD[order // num_picked]
     gate, up = torch._grouped_mm(rows, gate_up_EDF, offs=ends).chunk(2, dim=-1)
     out = torch._grouped_mm(F.silu(gate) * up, down_EFD, offs=ends)
