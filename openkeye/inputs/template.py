@@ -10,20 +10,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from openkeye.common.checks import InputError
 
 DEFAULT_TEMPLATE = (
-    "{%- if messages and messages[0].role != 'system' -%}"
+    "{% if messages and messages[0].role != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
+    "{% endif %}"
+    "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n"
-    "{%- if message.content is string -%}{{ message.content }}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type in ('image', 'image_url') -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- elif part.type in ('video', 'video_url') -%}<|vision_start|><|video_pad|><|vision_end|>"
-    "{%- else -%}{{ part.text }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type in ('video', 'video_url') %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}"
     "<|im_end|>\n"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The multimodal template of the model's published siblings (spec: 4.5), for checkpoints that carry none.
 

@@ -88,7 +88,7 @@ def _window(scan: VideoScan, start_seconds: float | None, end_seconds: float | N
     end = scan.duration_seconds if end_seconds is None else end_seconds
     if not 0.0 <= start < scan.duration_seconds:
         raise InputError(
-            f"{scan.source}: start {start:g} s is outside the video of {scan.duration_seconds:.1f} s; start earlier"
+            f"{scan.source}: start {start:g} s is outside the video; give a start from 0 to below {scan.duration_seconds:.2f} s"
         )
     if not end > start:
         raise InputError(f"{scan.source}: end {end:g} s is not after start {start:g} s; give an end past the start")
@@ -201,7 +201,7 @@ def _decoded(
         for frame in frames:
             if scan.is_counted and number < len(scan.pts_F):
                 yield int(scan.pts_F[number]), frame
-            elif not scan.is_counted and frame.pts is not None:
+            elif not scan.is_counted and frame.pts is not None and frame.pts <= scan.pts_F[-1]:
                 yield frame.pts, frame
             number += 1
 

@@ -19,6 +19,8 @@ from openkeye.common.checks import InputError
 REFUSED_FORMATS = {"tty": "a text file", "hls": "a playlist", "dash": "a playlist", "concat": "a playlist"}
 # What the demuxer also opens, though it is no video file.
 
+LONGEST_BROADCAST_GAP_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class VideoScan:
@@ -87,8 +89,8 @@ def open_video(source: str, content: Path | bytes) -> Iterator[tuple[av.containe
                 raise InputError(f"{source}: a picture ({name.removesuffix('_pipe')}), not a video; pass it as an image")
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not streams:
-            kinds = " and ".join(sorted({str(stream.type) for stream in container.streams})) or "nothing"
-            raise InputError(f"{source}: holds {kinds} but no moving picture; give a file with a video stream")
+            kinds = " and ".join(sorted({str(stream.type) for stream in container.streams})) or "no stream"
+            raise InputError(f"{source}: holds {kinds}, no moving picture; give a file with a video stream")
         yield container, streams[0]
 
 
@@ -137,8 +139,14 @@ def scan_video(content: Path | bytes, source: str | None = None) -> VideoScan:
                 f"{source}: none of its {len(packets.pts)} frames can be decoded; the file is damaged, make it again"
             )
         time_base = stream.time_base or Fraction(1, 1)
+        is_cut_off = _is_cut_off(packets, num_indexed, stream)
         is_counted = packets.has_no_times or (container.format.name == "avi" and packets.pts == sorted(packets.pts))
         pts_F = np.unique(np.asarray(packets.pts, dtype=np.int64))
+        if is_cut_off and packets.pts[-1] > pts_F[0]:
+            # The cut goes through the last packet: what it decodes to is a patchwork, and later times are guesses.
+            pts_F = pts_F[pts_F < packets.pts[-1]]
+        if container.format.name == "mpegts":
+            pts_F = _without_stray_times(pts_F, time_base)
         fps, last_frame_seconds = _rate(pts_F, packets.durations, time_base, stream.average_rate)
         quarter_turns = round((packets.first_frame.rotation or 0) / 90) % 4
         height, width = packets.first_frame.height, packets.first_frame.width
@@ -156,7 +164,7 @@ def scan_video(content: Path | bytes, source: str | None = None) -> VideoScan:
             fps=fps,
             last_frame_seconds=last_frame_seconds,
             is_counted=is_counted,
-            notes=tuple(_scan_notes(packets, num_indexed, stream, pts_F, fps)),
+            notes=tuple(_scan_notes(packets, is_cut_off, pts_F, time_base, fps)),
         )
 
 
@@ -224,18 +232,29 @@ def is_even(pts_F: np.ndarray) -> bool:
     return len(pts_F) < 3 or float(np.abs(pts_F - even_F).max()) <= 0.5 * float(even_F[1] - even_F[0])
 
 
-def _scan_notes(
-    packets: _PacketTimes, num_indexed: int, stream: av.video.stream.VideoStream, pts_F: np.ndarray, fps: float
-) -> list[str]:
-    notes = []
-    tick_seconds = float(stream.time_base or 1)
-    start_seconds = int(pts_F[0]) * tick_seconds
-    shown_seconds = int(pts_F[-1] - pts_F[0]) * tick_seconds + 1.0 / fps
+def _without_stray_times(pts_F: np.ndarray, time_base: Fraction) -> np.ndarray:
+    """Times without the few that damage has thrown far away (a broadcast stream repeats its time several times a second)."""
+    breaks = np.flatnonzero(np.diff(pts_F) * float(time_base) > LONGEST_BROADCAST_GAP_SECONDS) + 1
+    return max(np.split(pts_F, breaks), key=len) if len(breaks) and len(breaks) < 0.05 * len(pts_F) else pts_F
+
+
+def _is_cut_off(packets: _PacketTimes, num_indexed: int, stream: av.video.stream.VideoStream) -> bool:
+    """Whether the file ends before its index or its header says."""
+    # The index is asked and not the header's frame count, which edit lists and skipped frames make too high.
+    if num_indexed > packets.num_packets + 2:
+        return True
+    end_seconds = float(max(packets.pts) * (stream.time_base or 0))
     stated_end = _stated_end_seconds(stream)
+    return stated_end is not None and stated_end > end_seconds * 1.02 + 0.5
+
+
+def _scan_notes(packets: _PacketTimes, is_cut_off: bool, pts_F: np.ndarray, time_base: Fraction, fps: float) -> list[str]:
+    notes = []
+    start_seconds = float(int(pts_F[0]) * time_base)
+    shown_seconds = float(int(pts_F[-1] - pts_F[0]) * time_base) + 1.0 / fps
     if packets.has_no_times:
         notes.append(f"the file stores no frame times; {fps:g} frames a second are assumed")
-    # The index is asked and not the header's frame count, which edit lists and skipped frames make too high.
-    if num_indexed > packets.num_packets + 2 or (stated_end and stated_end > start_seconds + shown_seconds * 1.02 + 1.0):
+    if is_cut_off:
         notes.append(f"the file is cut off: only its first {shown_seconds:.1f} s are there and are used")
     elif packets.read_error:
         notes.append(f"reading stopped after {shown_seconds:.1f} s ({packets.read_error}); what came before is used")
@@ -245,7 +264,9 @@ def _scan_notes(
 
 
 def _stated_end_seconds(stream: av.video.stream.VideoStream) -> float | None:
-    """The end time that Matroska writes beside a stream ("00:00:12.000000000"), if any."""
+    """The end time in the header: beside a Matroska stream ("00:00:12.000000000"), or as avi's count of ticks."""
+    if stream.container.format.name == "avi":
+        return float(stream.frames * (stream.time_base or 0))
     hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
     minutes, _, seconds = rest.partition(":")
     try:
