@@ -47,7 +47,7 @@ def patches_from_pixels(pixels_NHWC: Tensor | np.ndarray, patch_size: int = 14) 
     assert (rows * patch_size, columns * patch_size, num_channels) == (height, width, 3), tuple(pixels_NHWC.shape)
     squares = pixels_NHWC.reshape(num_pictures, rows, patch_size, columns, patch_size, 3).permute(0, 1, 3, 5, 2, 4)
     # Contiguous in the input's own type first: the copy moves a quarter of the bytes for uint8.
-    values = squares.contiguous().to(torch.float32).div_(127.5).sub_(1.0)
+    values = squares.contiguous().to(torch.float32).div(127.5).sub_(1.0)
     grid_thw = torch.tensor([[1, rows, columns]], dtype=torch.int64).repeat(num_pictures, 1)
     return Patches(values.view(-1, 3, patch_size, patch_size), grid_thw)
 
