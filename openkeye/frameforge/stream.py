@@ -4,9 +4,11 @@ Training and files draw from separate seed spaces, so a clip of an evaluation ca
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openkeye.frameforge.questions import Question, make_questions
@@ -45,42 +47,44 @@ def make_training_clip(seed: int, index: int, num_frames: int) -> TrainingClip:
 
 
 def codec_like(frames_FHWC: Tensor, generator: torch.Generator) -> Tensor:
-    """Damage like a video codec's, drawn anew for every call: half-resolution colour, quantised 8x8 blocks, gain, noise, blur.
+    """Damage like a video codec's on a third of the frames: gain, blur, half-resolution colour, quantised 8x8 blocks.
 
-    uint8 [F, H, W, 3] with H and W multiples of 8 -> the same; each chunk of frames gets its own strength, a fifth none.
-    The generator lives on the host, so that drawing waits for no device.
+    uint8 [F, H, W, 3] with H = W a multiple of 8 -> the same. The generator lives on the host, so that drawing waits for no
+    device; each chunk of frames gets its own strength.
     """
-    num_chunks = 16
-    outputs = [_damage(chunk, generator) for chunk in frames_FHWC.chunk(num_chunks)]
+    outputs = []
+    for chunk in frames_FHWC.chunk(12):
+        is_hit, strength, gain, blur = torch.rand(4, generator=generator).tolist()
+        outputs.append(_damage(chunk, strength, 0.95 + 0.1 * gain, blur < 0.4) if is_hit < 1 / 3 else chunk)
     return torch.cat(outputs)
 
 
-def _damage(frames: Tensor, generator: torch.Generator) -> Tensor:
-    device = frames.device
-    strength = float(torch.rand(1, generator=generator))
-    if strength < 0.2:
-        return frames
-    gain = 1 + 0.1 * (float(torch.rand(1, generator=generator)) - 0.5)
-    pixels = frames.permute(0, 3, 1, 2).float() * gain
-    if float(torch.rand(1, generator=generator)) < 0.4:
-        pixels = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False) * 0.5 + pixels * 0.5
-    matrix = torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], device=device)
-    planes = torch.einsum("ij,fjhw->fihw", matrix, pixels)
-    chroma = torch.nn.functional.avg_pool2d(planes[:, 1:], 2)
-    chroma = torch.nn.functional.interpolate(chroma, scale_factor=2, mode="bilinear")
-    planes = torch.cat([planes[:, :1], chroma], dim=1)
-    basis = _dct(device)
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
-    step = 3.0 + 22.0 * strength * (0.3 + torch.arange(8, device=device)[:, None] + torch.arange(8, device=device)) / 8
-    spectrum = (basis @ blocks @ basis.t() / step).round() * step
-    planes = (basis.t() @ spectrum @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
-    inverse = torch.tensor([[1.0, 0.0, 1.402], [1.0, -0.344, -0.714], [1.0, 1.772, 0.0]], device=device)
-    return torch.einsum("ij,fjhw->fhwi", inverse, planes).clamp(0, 255).round().to(torch.uint8)
+def _damage(frames: Tensor, strength: float, gain: float, is_blurred: bool) -> Tensor:
+    # Half precision is finer than the quantisation that follows, and the transforms run on the matrix units.
+    dtype = torch.float16 if frames.is_cuda else torch.float32
+    pixels = frames.permute(0, 3, 1, 2).to(dtype) * gain
+    if is_blurred:
+        pixels = (F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False) + pixels) * 0.5
+    red, green, blue = pixels.unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    chroma = torch.stack([0.564 * (blue - luma), 0.713 * (red - luma)], dim=1)
+    chroma = F.interpolate(F.avg_pool2d(chroma, 2), scale_factor=2.0, mode="nearest")
+    planes = torch.cat([luma[:, None], chroma], dim=1)
+    side = frames.shape[1]
+    basis = torch.block_diag(*[_dct()] * (side // 8)).to(frames.device, dtype)
+    frequency = (torch.arange(side) % 8).to(frames.device, dtype)
+    step = 3.0 + 2.75 * strength * (2.4 + frequency[:, None] + frequency)
+    spectrum = (basis @ planes @ basis.t() / step).round() * step
+    luma, blue_difference, red_difference = (basis.t() @ spectrum @ basis).unbind(1)
+    red, blue = luma + red_difference / 0.713, luma + blue_difference / 0.564
+    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
+    return torch.stack([red, green, blue], dim=-1).clamp(0, 255).round().to(torch.uint8)
 
 
-def _dct(device: torch.device) -> Tensor:
+@lru_cache(maxsize=1)
+def _dct() -> Tensor:
     """The orthonormal 8-point cosine basis, rows by frequency."""
     n = torch.arange(8, dtype=torch.float64)
     basis = torch.cos(torch.pi * (n[None] + 0.5) * n[:, None] / 8) * 0.5
     basis[0] *= 2**-0.5
-    return basis.float().to(device)
+    return basis

@@ -8,7 +8,7 @@ from openkeye.kernels.dispatch import apply_rotary
 from openkeye.model.config import KeyeConfig
 from openkeye.model.indexer import Indexer
 from openkeye.model.norm import RmsNorm
-from openkeye.model.past import Past
+from openkeye.model.past import IndexerOutput
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,10 @@ class RotaryTables:
 
 
 class Attention(nn.Module):
-    """Projections, per-head norms and rotary; the past appends, selects and attends."""
+    """Projections, per-head norms and rotary; between `project` and `forward` the past appends, selects and attends."""
 
-    def __init__(self, config: KeyeConfig, layer_index: int) -> None:
+    def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
-        self.layer_index = layer_index
         self.head_dim = config.head_dim
         width, num_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -37,13 +36,19 @@ class Attention(nn.Module):
         self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps)
         self.sa_indexer = Indexer(config)
 
-    def forward(self, hidden_TD: Tensor, rotary: RotaryTables, past: Past) -> Tensor:
-        """Normalised hidden states [T, D] -> [T, D]."""
+    def project(
+        self, hidden_TD: Tensor, rotary: RotaryTables, needs_index: bool
+    ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
+        """Query [T, H, D], key and value [T, G, D] and the indexer's output of normalised hidden states [T, hidden]."""
         query, key, value = (
             projection(hidden_TD).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query = apply_rotary(self.q_norm(query), rotary.cos, rotary.sin)
         key = apply_rotary(self.k_norm(key), rotary.cos, rotary.sin)
         # Detached: the indexer learns from its own loss and never through the trunk (report, sparse adaptation).
-        index = self.sa_indexer(hidden_TD.detach(), rotary.index_cos, rotary.index_sin) if past.needs_index else None
-        return self.o_proj(past.attend(self.layer_index, query, key, value, index).flatten(1))
+        index = self.sa_indexer(hidden_TD.detach(), rotary.index_cos, rotary.index_sin) if needs_index else None
+        return query, key, value, index
+
+    def forward(self, attended_THD: Tensor) -> Tensor:
+        """What attention gathered, back to the residual stream: [T, H, D] -> [T, hidden]."""
+        return self.o_proj(attended_THD.flatten(1))

@@ -6,7 +6,7 @@ from openkeye.model.attention import Attention, RotaryTables
 from openkeye.model.config import KeyeConfig
 from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.norm import RmsNorm
-from openkeye.model.past import Past
+from openkeye.model.past import IndexerOutput, Past
 from openkeye.model.rotary import mrope_table
 
 
@@ -15,15 +15,27 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: KeyeConfig, layer_index: int) -> None:
         super().__init__()
+        self.layer_index = layer_index
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer_index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MixtureOfExperts(config)
 
+    def begin(
+        self, x_TD: Tensor, rotary: RotaryTables, needs_index: bool
+    ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
+        """Everything before attention; training compiles this and `finish` apart from the past between them."""
+        return self.self_attn.project(self.input_layernorm(x_TD), rotary, needs_index)
+
+    def finish(self, x_TD: Tensor, attended_THD: Tensor) -> Tensor:
+        """Everything after attention."""
+        x_TD = x_TD + self.self_attn(attended_THD)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
     def forward(self, x_TD: Tensor, rotary: RotaryTables, past: Past) -> Tensor:
         """[T, D] -> [T, D]."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, past)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        query, key, value, index = self.begin(x_TD, rotary, past.needs_index)
+        return self.finish(x_TD, past.attend(self.layer_index, query, key, value, index))
 
 
 class Decoder(nn.Module):

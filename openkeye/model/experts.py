@@ -26,10 +26,16 @@ class MixtureOfExperts(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.keeps_router_logits = False
+        # training's load balance reads `router_logits` after each call; answering keeps nothing
+        self.router_logits: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        probabilities = self.gate(x_TD).float().softmax(dim=-1)
+        logits = self.gate(x_TD)
+        if self.keeps_router_logits:
+            self.router_logits = logits
+        probabilities = logits.float().softmax(dim=-1)
         weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -56,7 +56,7 @@ class TrainConfig:
     # folder with config.json, tokenizer and processor files; weights are written there at the end
     stages: tuple[StageConfig, ...]
     seed: int = 0
-    num_frames_per_step: int = 3072
+    num_frames_per_step: int = 2048
     num_slots: int = 8
     slot_length: int = 56
     muon_rate: float = 2e-3

@@ -19,10 +19,10 @@ class IndexerLoss:
     """The loss of one layer on the sampled rows, and two figures without gradient."""
 
     loss: Tensor
-    recall: Tensor
+    recall: Tensor | None
     # share of attention's own top-k that the indexer's top-k holds, on rows that see more than k positions
-    mass: Tensor
-    # attention probability inside the indexer's top-k, on the same rows
+    mass: Tensor | None
+    # attention probability inside the indexer's top-k, on the same rows; both None where they were not asked for
 
 
 def index_scores(query_BRJI: Tensor, gates_BRJ: Tensor, key_BLI: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def indexer_loss(query_BHRD: Tensor, key_BHLD: Tensor, index: IndexerOutput, vis
         query_BHRD, key_BHLD: the attention's own queries and keys (heads repeated to H), detached.
         index: the indexer's output for the same rows ([B, R, J, I], [B, R, J]) and all keys ([B, L, I]).
         visible_BRL: bool, at least one True a row.
-        top_k: the k of the selection, for the two figures.
+        top_k: the k of the selection, for the two figures; 0 leaves them out.
     """
     scale = query_BHRD.shape[-1] ** -0.5
     with torch.no_grad():
@@ -55,12 +55,14 @@ def indexer_loss(query_BHRD: Tensor, key_BHLD: Tensor, index: IndexerOutput, vis
     log_probability = scores.masked_fill(~visible_BRL, -1e9).log_softmax(dim=-1)
     terms = target * (target.clamp_min(1e-20).log() - log_probability)
     loss = terms.masked_fill(~visible_BRL, 0.0).sum(dim=-1).mean()
+    if not top_k:
+        return IndexerLoss(loss, None, None)
     with torch.no_grad():
         k = min(top_k, visible_BRL.shape[-1])
         is_long = visible_BRL.sum(dim=-1) > k
-        chosen = scores.masked_fill(~visible_BRL, -torch.inf).topk(k, dim=-1).indices
-        wanted = torch.zeros_like(target).scatter_(2, target.topk(k, dim=-1).indices, 1.0)
+        chosen = scores.masked_fill(~visible_BRL, -torch.inf).topk(k, dim=-1, sorted=False).indices
+        wanted = torch.zeros_like(target).scatter_(2, target.topk(k, dim=-1, sorted=False).indices, 1.0)
         num_rows = is_long.sum().clamp_min(1)
-        recall = (wanted.gather(2, chosen).sum(dim=-1) / max(k, 1) * is_long).sum() / num_rows
+        recall = (wanted.gather(2, chosen).sum(dim=-1) / k * is_long).sum() / num_rows
         mass = (target.gather(2, chosen).sum(dim=-1) * is_long).sum() / num_rows
     return IndexerLoss(loss, recall, mass)

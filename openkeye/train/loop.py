@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from openkeye.common.log import JsonLines
 from openkeye.data.slot_batch import SlotBatch
+from openkeye.inputs.patches import Patches
 from openkeye.model.keye import KeyeModel
 from openkeye.train.checkpoint import load_state, prefixed, save_state, under
 from openkeye.train.config import StageConfig, TrainConfig
@@ -24,6 +25,26 @@ from openkeye.train.slot_past import SlotPast
 
 Batches = Callable[[int], Iterator[SlotBatch]]
 # from a first step to the batches of that step and all later ones, already on the device
+
+
+def compile_regions(model: KeyeModel) -> None:
+    """Compile what stands between attentions, once for all layers and lengths; the past itself stays as written."""
+    for layer in model.model.layers:
+        layer.begin = torch.compile(layer.begin, dynamic=True)
+        layer.finish = torch.compile(layer.finish, dynamic=True)
+    for layer in model.visual.vision_model.encoder.layers:
+        # Frames are padded to one number (`pad_pictures`), so the tower needs one graph only.
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def pad_pictures(patches: Patches, num_pictures: int) -> Patches:
+    """Repeat the first picture until there are `num_pictures`; all pictures have one size."""
+    missing = num_pictures - patches.grid_thw.shape[0]
+    if missing <= 0:
+        return patches
+    size = patches.pixels.shape[0] // patches.grid_thw.shape[0]
+    pixels = torch.cat([patches.pixels, patches.pixels[:size].repeat(missing, 1, 1, 1)])
+    return Patches(pixels, torch.cat([patches.grid_thw, patches.grid_thw[:1].expand(missing, -1)]))
 
 
 class CellHead(nn.Module):
@@ -58,10 +79,12 @@ class Trainer:
         self.optimizer = Optimizer(parameter_groups(model, self.cell_head, config), clip=config.clip)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
-        self.router_logits: list[Tensor] = []
         for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(lambda _module, _inputs, output: self.router_logits.append(output))
+            layer.mlp.keeps_router_logits = True
+        if self.device.type == "cuda":
+            compile_regions(model)
         self.step_number = 0
+        self.is_trunk_frozen = False
         self.sums: dict[str, Tensor] = {}
         self.resume()
 
@@ -106,19 +129,20 @@ class Trainer:
     def step(self, batch: SlotBatch, stage: StageConfig, step_in_stage: int) -> None:
         """One optimizer step; figures gather on the device and reach the host only when logged."""
         progress = step_in_stage / stage.num_steps
-        self.router_logits.clear()
         past = SlotPast(
             batch.layout,
             batch.num_clips,
             attention=stage.attention,
             top_k=self.model.config.indexer.top_k,
             num_loss_rows=stage.num_indexer_rows,
+            wants_figures=step_in_stage % 10 == 0,
             generator=self.generator,
         )
         is_indexer_only = stage.trains == "indexer"
-        with torch.set_grad_enabled(not is_indexer_only):
-            features = self.model.encode_patches(batch.patches)
-            embeds = self.model.embed(batch.input_ids_BL.flatten(), None, features)
+        self._set_trainable(is_indexer_only)
+        features = self.model.encode_patches(pad_pictures(batch.patches, self.config.num_frames_per_step))
+        features = features[: batch.cell_sprites.shape[0]]
+        embeds = self.model.embed(batch.input_ids_BL.flatten(), None, features)
         positions = batch.position_ids_3L.repeat(1, batch.num_clips)
         hidden = self.model(embeds, positions, past)
         losses: list[Tensor] = []
@@ -130,7 +154,7 @@ class Trainer:
                 batch.task_ids_BN.flatten(),
                 self.task_weights,
             )
-            balance = balance_loss(self.router_logits, self.model.config.num_experts_per_tok)
+            balance = balance_loss([layer.mlp.router_logits for layer in self.model.model.layers], self.model.config.num_experts_per_tok)
             losses += [stage.answer_weight * answers.loss, self.config.balance_weight * balance]
             self._gather(answer_loss=answers.loss, balance=balance)
             for number, task in enumerate(self.tasks):
@@ -142,21 +166,26 @@ class Trainer:
             self._gather(cell_loss=cell)
         if past.losses:
             losses.append(torch.stack([layer.loss for layer in past.losses]).mean())
-            self._gather(
-                indexer_loss=losses[-1],
-                indexer_recall=torch.stack([layer.recall for layer in past.losses]).mean(),
-                indexer_mass=torch.stack([layer.mass for layer in past.losses]).mean(),
-            )
+            self._gather(indexer_loss=losses[-1])
+            if past.wants_figures:
+                self._gather(
+                    indexer_recall=torch.stack([layer.recall for layer in past.losses if layer.recall is not None]).mean(),
+                    indexer_mass=torch.stack([layer.mass for layer in past.losses if layer.mass is not None]).mean(),
+                )
         torch.stack(losses).sum().backward()
-        if is_indexer_only:
-            for name, parameter in self.model.named_parameters():
-                if "sa_indexer" not in name:
-                    parameter.grad = None
         rate = stage.rate_start + (stage.rate_end - stage.rate_start) * progress
         if stage.num_warmup_steps:
             rate *= min(1.0, (step_in_stage + 1) / stage.num_warmup_steps)
         norm = self.optimizer.step(rate, only="indexer" if is_indexer_only else None)
         self._gather(gradient_norm=norm)
+
+    def _set_trainable(self, is_indexer_only: bool) -> None:
+        """Freeze or release the trunk when a stage asks for it."""
+        if is_indexer_only == self.is_trunk_frozen:
+            return
+        self.is_trunk_frozen = is_indexer_only
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("sa_indexer" in name or not is_indexer_only)
 
     def _gather(self, **figures: Tensor) -> None:
         for name, figure in figures.items():

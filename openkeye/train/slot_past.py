@@ -27,6 +27,8 @@ class SlotPast:
     attention: str = "dense"
     top_k: int = 0
     num_loss_rows: int = 0
+    wants_figures: bool = True
+    # recall and mass of the indexer's choice beside its loss
     generator: torch.Generator | None = None
     losses: list[IndexerLoss] = field(default_factory=list)
 
@@ -87,8 +89,10 @@ class SlotPast:
             rows = slice(start, min(start + slab, num_rows))
             scores = index_scores(part.query_TJI[:, rows], part.gates_TJ[:, rows], part.key_TI)
             visible = _visible(allowed, rows, num_keys, scores.device)
+            # ReLU makes exact zeros common: among them the smaller position wins, as in answering.
+            scores = torch.where(scores == 0, -1e-30 * (1 + torch.arange(num_keys, device=scores.device)), scores)
             scores.masked_fill_(~visible, -torch.inf)
-            best = scores.topk(min(self.top_k, num_keys), dim=-1).indices
+            best = scores.topk(min(self.top_k, num_keys), dim=-1, sorted=False).indices
             selected[:, rows].scatter_(2, best, True)
             selected[:, rows] &= visible
         return selected
@@ -110,7 +114,7 @@ class SlotPast:
             key.detach(),
             IndexerOutput(part.query_TJI[:, rows], part.gates_TJ[:, rows], part.key_TI),
             visible,
-            self.top_k,
+            self.top_k if self.wants_figures else 0,
         )
 
 
