@@ -89,12 +89,17 @@ class KeyeConfig:
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key-value heads evenly"
+                f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
+                "key-value heads evenly"
             )
         if sum(self.mrope_section) * 2 != self.head_dim:
-            raise InputError(f"config.json: mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}")
+            raise InputError(
+                f"config.json: mrope_section {list(self.mrope_section)} must sum to head_dim / 2 = {self.head_dim // 2}"
+            )
         if self.num_experts_per_tok > self.num_experts:
-            raise InputError(f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+            raise InputError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
+            )
 
     @property
     def index_mrope_section(self) -> tuple[int, ...]:
@@ -130,7 +135,9 @@ class KeyeConfig:
         if raw.get("attention_bias"):
             raise InputError("config.json: attention_bias is true; this architecture has no attention biases")
         if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-            raise InputError("config.json: every layer must be a mixture of experts (mlp_only_layers [], decoder_sparse_step 1)")
+            raise InputError(
+                "config.json: every layer must be a mixture of experts (mlp_only_layers [], decoder_sparse_step 1)"
+            )
         sparse = raw.get("sa_config") or {}
         vision = raw.get("vision_config")
         eos = raw.get("eos_token_id", 151645)

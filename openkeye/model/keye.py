@@ -56,7 +56,9 @@ class KeyeModel(nn.Module):
                 continue
             is_pad = input_ids_T == token_id
             if not is_pad.is_cuda and int(is_pad.sum()) != vectors.shape[0]:
-                raise InputError(f"the prompt holds {int(is_pad.sum())} pads of token {token_id} for {vectors.shape[0]} vectors")
+                raise InputError(
+                    f"the prompt holds {int(is_pad.sum())} pads of token {token_id} for {vectors.shape[0]} vectors"
+                )
             # masked_scatter fills in order without asking the device how many pads there are.
             embeds = embeds.masked_scatter(is_pad[:, None], vectors.to(embeds.dtype))
         return embeds

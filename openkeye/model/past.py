@@ -14,7 +14,7 @@ from openkeye.kernels.dispatch import dense_attention, indexer_select, sparse_at
 
 @dataclass(frozen=True)
 class IndexerOutput:
-    """The lightning indexer's view of the new tokens, after norms, rotary and Hadamard (report section on DSA, eq. of I[t, s])."""
+    """The lightning indexer's view of the new tokens, after norms, rotary and Hadamard (report, DSA: I[t, s])."""
 
     query_TJI: Tensor
     gates_TJ: Tensor

@@ -3,7 +3,6 @@
 Letters: N pictures of one size, P patches of a picture, D width, H heads.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

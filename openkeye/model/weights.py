@@ -5,10 +5,14 @@ fused 3-D tensors; the un-fused names of other releases are accepted and stacked
 """
 
 import json
+import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +24,11 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
 
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
-# In the published file, used by no computation: recognised, never loaded, written back on saving.
+POOLING_HEAD = "visual.vision_model.head."
+# Used by no computation (the first is in the published file, the second in older ones): never loaded, written back on saving.
 UNFUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
 
 
@@ -33,23 +40,108 @@ class KeptTensor:
     name: str
 
     def read(self) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
+        """The tensor, on the CPU."""
+        with _open_weights(self.path) as file:
             return file.get_tensor(self.name)
 
 
 @dataclass
-class _Problems:
-    """Everything wrong with a checkpoint, told in one error."""
+class _Intake:
+    """Tensors as they come in, and everything wrong with them, told in one error."""
 
-    lines: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    config: KeyeConfig
+    wanted: dict[str, tuple[int, ...]]
+    device: torch.device | str
+    dtype: torch.dtype | None
+    filled: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, KeptTensor] = field(default_factory=dict)
+    unfused: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    tied_head: Tensor | None = None
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, kind: str, what: str) -> None:
-        self.lines[kind].append(what)
+    def take(self, name: str, path: Path, file: Any) -> None:
+        """One tensor of one open file."""
+        if (name == PACKING_TABLE or name.startswith(POOLING_HEAD)) and self.config.vision is not None:
+            if name in self.kept:
+                self.problems["twice"].append(name)
+            self.kept[name] = KeptTensor(path, name)
+        elif name.endswith("rotary_emb.inv_freq"):
+            return
+        elif name == "lm_head.weight" and self.config.tie_word_embeddings:
+            self.tied_head = file.get_tensor(name).to(self.device, self.dtype)
+        elif match := UNFUSED.fullmatch(name):
+            self._take_unfused(match, file)
+        elif name not in self.wanted:
+            self.problems["unknown"].append(name)
+        elif name in self.filled:
+            self.problems["twice"].append(name)
+        else:
+            # The shape is read from the header, so that a wrong tensor is never moved to the device.
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape == self.wanted[name]:
+                self.filled[name] = file.get_tensor(name).to(self.device, self.dtype)
+            else:
+                self._misshapen(name, shape, self.wanted[name])
 
-    def raise_if_any(self, model_dir: Path) -> None:
-        if self.lines:
-            told = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in self.lines.items())
-            raise InputError(f"{model_dir}: the weights do not fit config.json ({told}); use files of one checkpoint")
+    def _take_unfused(self, match: re.Match[str], file: Any) -> None:
+        """One expert's [out, in] matrix."""
+        name, part, expert = match[0], match["part"], int(match["expert"])
+        narrow, wide = self.config.moe_intermediate_size, self.config.hidden_size
+        expected = (wide, narrow) if part == "down_proj" else (narrow, wide)
+        shape = tuple(file.get_slice(name).get_shape())
+        by_expert = self.unfused[f"{match['prefix']}.{part}"]
+        if f"{match['prefix']}.down_proj" not in self.wanted or expert >= self.config.num_experts:
+            self.problems["unknown"].append(name)
+        elif shape != expected:
+            self._misshapen(name, shape, expected)
+        elif expert in by_expert:
+            self.problems["twice"].append(name)
+        else:
+            by_expert[expert] = file.get_tensor(name).to(self.device, self.dtype)
+
+    def _misshapen(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        # Stands in for the tensor, so that it is not told again as missing.
+        self.filled.setdefault(name, torch.empty(0))
+        self.problems["misshapen"].append(f"{name} {list(shape)} instead of {list(expected)}")
+
+    def fuse(self) -> None:
+        """Stack per-expert [out, in] matrices into the fused, input-major tensors."""
+        everyone = range(self.config.num_experts)
+        for prefix in sorted({key.rpartition(".")[0] for key in self.unfused}):
+            for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                fused = f"{prefix}.{name}"
+                absent = [
+                    f"{prefix}.{expert}.{part}.weight"
+                    for part in parts
+                    for expert in everyone
+                    if expert not in self.unfused[f"{prefix}.{part}"]
+                ]
+                if fused not in self.wanted or len(absent) == len(parts) * len(everyone):
+                    continue
+                if fused in self.filled:
+                    self.problems["twice"].append(fused)
+                elif absent:
+                    self.problems["missing"].extend(one for one in absent if one not in self.filled)
+                    self.filled[fused] = torch.empty(0)
+                else:
+                    stacks = [torch.stack([self.unfused[f"{prefix}.{part}"].pop(one) for one in everyone]) for part in parts]
+                    self.filled[fused] = torch.cat([stack.transpose(1, 2) for stack in stacks], dim=2).contiguous()
+
+    def finish(self, folder: Path) -> dict[str, Tensor]:
+        """Every wanted tensor.
+
+        Raises:
+            InputError: names every tensor that is unknown, missing, misshapen or there twice.
+        """
+        self.fuse()
+        self.problems["missing"].extend(name for name in self.wanted if name not in self.filled)
+        embeddings = self.filled.get("model.embed_tokens.weight")
+        if self.tied_head is not None and embeddings is not None and not torch.equal(self.tied_head, embeddings):
+            self.problems["unlike the embeddings, though tie_word_embeddings is true"].append("lm_head.weight")
+        told = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in self.problems.items() if names)
+        if told:
+            raise InputError(f"{folder}: the weights do not fit config.json ({told}); use files of one checkpoint")
+        return self.filled
 
 
 def load_model(model_dir: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> KeyeModel:
@@ -68,84 +160,74 @@ def load_model(model_dir: str | Path, device: torch.device | str = "cpu", dtype:
     with torch.device("meta"):
         model = KeyeModel(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    filled: dict[str, Tensor] = {}
-    unfused: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    problems = _Problems()
-    kept: list[KeptTensor] = []
-    for path, names in _files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                present = set(file.keys())
-                for name in sorted(names - present) if names else []:
-                    problems.add(f"named by the index but not in {path.name}", name)
-                for name in sorted(present):
-                    if name == PACKING_TABLE and config.vision is not None:
-                        kept.append(KeptTensor(path, name))
-                    elif name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    elif match := UNFUSED.fullmatch(name):
-                        key = f"{match['prefix']}.{match['part']}"
-                        if int(match["expert"]) in unfused[key]:
-                            problems.add("twice", name)
-                        unfused[key][int(match["expert"])] = file.get_tensor(name).to(device, dtype)
-                    elif name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue
-                    elif name not in wanted:
-                        problems.add("unknown", name)
-                    elif name in filled:
-                        problems.add("twice", name)
-                    else:
-                        filled[name] = file.get_tensor(name).to(device, dtype)
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error}); copy it from its source again") from None
-    _fuse(unfused, filled, config, problems)
-    for name, shape in wanted.items():
-        if name not in filled:
-            problems.add("missing", name)
-        elif tuple(filled[name].shape) != shape:
-            problems.add("misshapen", f"{name} {list(filled[name].shape)} instead of {list(shape)}")
-    problems.raise_if_any(folder)
-    model.load_state_dict(filled, strict=True, assign=True)
-    model.kept_tensors = tuple(kept)
+    intake = _Intake(config, wanted, device, dtype)
+    for path, promised in _weight_files(folder):
+        with _open_weights(path) as file:
+            present = set(file.keys())
+            intake.problems[f"named by {INDEX_FILE} but not in {path.name}"] += sorted(promised - present)
+            for name in sorted(present):
+                intake.take(name, path, file)
+    model.load_state_dict(intake.finish(folder), strict=True, assign=True)
+    model.kept_tensors = tuple(intake.kept.values())
     return model.requires_grad_(False)
 
 
-def _files(folder: Path) -> list[tuple[Path, set[str]]]:
+def count_packing_parameters(model_dir: str | Path) -> int:
+    """Elements of the unused packing table in the weight files of a folder; 0 where there is none, or no weight file at all."""
+    folder = Path(model_dir)
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        return 0
+    for path, _ in _weight_files(folder):
+        with _open_weights(path) as file:
+            if PACKING_TABLE in set(file.keys()):
+                return math.prod(file.get_slice(PACKING_TABLE).get_shape())
+    return 0
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    """An open safetensors file; a broken one is told as wrong input."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); copy it from its source again") from None
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
     """Each weight file with the names that the index promises in it (none for a single file)."""
-    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file() and not index_path.is_file():
-        return [(single, set())]
+    index_path, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if not index_path.is_file():
-        raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there; give a whole checkpoint")
+        if not single.is_file():
+            raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a whole checkpoint")
+        return [(single, set())]
     try:
         weight_map = json.loads(index_path.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        names_of: dict[str, set[str]] = defaultdict(set)
+        for name, file_name in weight_map.items():
+            names_of[file_name].add(name)
+        paths = {file_name: folder / file_name for file_name in sorted(names_of)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index_path}: not a weight index ({error!r}); copy it from its source again") from None
-    names_of: dict[str, set[str]] = defaultdict(set)
-    for name, file_name in weight_map.items():
-        names_of[file_name].add(name)
-    absent = [file_name for file_name in sorted(names_of) if not (folder / file_name).is_file()]
+    absent = [file_name for file_name, path in paths.items() if not path.is_file()]
     if absent:
         raise InputError(f"{folder}: shards missing that the index names: {', '.join(absent)}; copy them from their source")
-    return [(folder / file_name, names) for file_name, names in sorted(names_of.items())]
+    return [(path, names_of[file_name]) for file_name, path in paths.items()]
 
 
-def _fuse(unfused: dict[str, dict[int, Tensor]], filled: dict[str, Tensor], config: KeyeConfig, problems: _Problems) -> None:
-    """Stack per-expert [out, in] matrices into the fused, input-major tensors."""
-    everyone = set(range(config.num_experts))
-    for key, by_expert in unfused.items():
-        for expert in sorted(everyone ^ set(by_expert)):
-            prefix, part = key.rsplit(".", 1)
-            problems.add("missing" if expert in everyone else "unknown", f"{prefix}.{expert}.{part}.weight")
-    for prefix in {key.rsplit(".", 1)[0] for key in unfused}:
-        parts = [unfused.get(f"{prefix}.{part}", {}) for part in ("gate_proj", "up_proj", "down_proj")]
-        if any(set(part) != everyone for part in parts):
-            continue
-        gate, up, down = (torch.stack([part[expert] for expert in sorted(part)]).transpose(1, 2) for part in parts)
-        for name, tensor in ((f"{prefix}.gate_up_proj", torch.cat([gate, up], dim=2)), (f"{prefix}.down_proj", down)):
-            if name in filled:
-                problems.add("twice", name)
-            filled[name] = tensor.contiguous()
+def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> dict[str, dict[str, Tensor]]:
+    """File name -> its tensors, in order, each file at most `shard_bytes` (or one tensor that is larger)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}
 
 
 def save_model(model: KeyeModel, model_dir: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -157,29 +239,18 @@ def save_model(model: KeyeModel, model_dir: str | Path, shard_bytes: int = SHARD
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {kept.name: kept.read() for kept in model.kept_tensors}
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * tensor.element_size()
-        if size + num_bytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += num_bytes
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
+    shards = _shards(tensors, shard_bytes)
+    for name, shard in shards.items():
         save_file(shard, folder / f"{name}.new", metadata={"format": "pt"})
     for old in folder.glob("model*.safetensors*"):
-        if not old.name.endswith(".new"):
+        if old.suffix != ".new":
             old.unlink()
-    for name in names:
+    for name in shards:
         (folder / f"{name}.new").rename(folder / name)
+    file_of = {name: file_name for file_name, shard in shards.items() for name in shard}
     if len(shards) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": file_of}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+    # The files that the kept tensors came from may just have been replaced.
+    model.kept_tensors = tuple(KeptTensor(folder / file_of[kept.name], kept.name) for kept in model.kept_tensors)

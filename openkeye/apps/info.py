@@ -1,0 +1,123 @@
+"""`openkeye info NAME_OR_DIR`: parameters per part and bytes of weights and caches, without reading any weight."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openkeye.model.config import KeyeConfig
+    from openkeye.model.inventory import Inventory
+
+SUMMARY = "print parameters, weight bytes and cache bytes of a model"
+CONTEXTS = {"32K": 32 << 10, "128K": 128 << 10, "256K": 256 << 10}
+INDEX_FORMAT = "fp8 keys, one fp32 scale per token and layer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "model",
+        metavar="NAME_OR_DIR",
+        help="keye-vl-2.0-30b-a3b (no weights needed), openkeye-tiny, or a folder with config.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; returns 0."""
+    from pathlib import Path
+
+    from openkeye.inputs.processor import BUNDLED_MODEL, resolve_model_dir
+    from openkeye.model.config import KeyeConfig
+    from openkeye.model.inventory import take_inventory
+    from openkeye.model.published import PACKING_PARAMETERS, published_config
+    from openkeye.model.weights import count_packing_parameters
+
+    if arguments.model == BUNDLED_MODEL or Path(arguments.model).exists():
+        folder = resolve_model_dir(arguments.model)
+        config = KeyeConfig.load(folder)
+        inventory = take_inventory(config, count_packing_parameters(folder))
+    else:
+        config = published_config(arguments.model)
+        inventory = take_inventory(config, PACKING_PARAMETERS)
+    if arguments.json:
+        print(json.dumps(_as_json(arguments.model, config, inventory)))
+    else:
+        _print_tables(arguments.model, config, inventory)
+    return 0
+
+
+def _as_json(name: str, config: "KeyeConfig", inventory: "Inventory") -> dict[str, object]:
+    return {
+        "model": name,
+        "total_parameters": inventory.num_parameters,
+        "active_parameters": inventory.num_active,
+        "num_tensors": inventory.num_tensors,
+        "unused_parameters": sum(part.num_parameters for part in inventory.parts if "unused" in part.name),
+        "weight_bytes": inventory.num_parameters * 2,
+        "weight_format": "bfloat16",
+        "kv_bytes_per_token": inventory.kv_bytes_per_token,
+        "kv_format": "bfloat16",
+        "index_bytes_per_token": inventory.index_bytes_per_token,
+        "index_format": INDEX_FORMAT,
+        "index_bytes_per_token_bf16": inventory.index_bytes_per_token_bf16,
+        "max_position_embeddings": config.max_position_embeddings,
+        "top_k": config.indexer.top_k,
+        "parts": [
+            {
+                "name": part.name,
+                "parameters": part.num_parameters,
+                "num_tensors": part.num_tensors,
+                "active_parameters": part.num_active,
+            }
+            for part in inventory.parts
+        ],
+        "cache_bytes": {
+            name: {
+                "tokens": tokens,
+                "kv_bytes": tokens * inventory.kv_bytes_per_token,
+                "index_bytes": tokens * inventory.index_bytes_per_token,
+            }
+            for name, tokens in CONTEXTS.items()
+        },
+    }
+
+
+def _print_tables(name: str, config: "KeyeConfig", inventory: "Inventory") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width of its own; a table folded to 80 columns would break the numbers.
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    table = Table(title=f"{name}: parameters")
+    for heading in ("part", "tensors", "parameters", "active per text token"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in inventory.parts:
+        table.add_row(part.name, f"{part.num_tensors:,}", f"{part.num_parameters:,}", f"{part.num_active:,}")
+    table.add_section()
+    table.add_row("total", f"{inventory.num_tensors:,}", f"{inventory.num_parameters:,}", f"{inventory.num_active:,}")
+    console.print(table)
+    memory = Table(title="memory")
+    for heading in ("what", "bytes", "GiB", "format"):
+        memory.add_column(heading, justify="right" if heading in ("bytes", "GiB") else "left")
+
+    def add(what: str, num_bytes: int, layout: str) -> None:
+        memory.add_row(what, f"{num_bytes:,}", f"{num_bytes / (1 << 30):.2f}", layout)
+
+    add("weights", inventory.num_parameters * 2, "bfloat16")
+    for context, tokens in CONTEXTS.items():
+        memory.add_section()
+        beyond = "" if tokens <= config.max_position_embeddings else " (beyond its context)"
+        add(f"KV cache, {context} tokens{beyond}", tokens * inventory.kv_bytes_per_token, "bfloat16")
+        add(f"index cache, {context} tokens{beyond}", tokens * inventory.index_bytes_per_token, INDEX_FORMAT)
+    console.print(memory)
+    console.print(
+        f"per token: KV {inventory.kv_bytes_per_token:,} bytes; index {inventory.index_bytes_per_token:,} bytes "
+        f"({inventory.index_bytes_per_token_bf16:,} in bfloat16)",
+        highlight=False,
+    )
+    console.print(
+        f"active: the decoder with its embeddings and head, {config.num_experts_per_tok} of {config.num_experts} experts",
+        highlight=False,
+    )

@@ -1,0 +1,96 @@
+"""What a configuration costs: parameters per part, and bytes of weights and caches, counted on the module itself.
+
+The module is built on the meta device, so that counting 31 billion parameters takes no memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from openkeye.model.config import KeyeConfig
+from openkeye.model.keye import KeyeModel
+
+BFLOAT16_BYTES = 2
+FP8_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table."""
+
+    name: str
+    num_parameters: int
+    num_tensors: int
+    num_active: int
+    # parameters that take part in one text token
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Parameters by part and cache sizes per token."""
+
+    parts: tuple[Part, ...]
+    kv_bytes_per_token: int
+    # bf16 keys and values of all layers
+    index_bytes_per_token: int
+    # fp8 keys of the indexer with one fp32 scale a token and layer, as published
+    index_bytes_per_token_bf16: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.parts)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(part.num_tensors for part in self.parts)
+
+    @property
+    def num_active(self) -> int:
+        return sum(part.num_active for part in self.parts)
+
+
+# (part, how its names look), first match wins; the order is the order of the data.
+PART_MARKS = (
+    ("vision tower", "visual."),
+    ("projector", "mlp_AR."),
+    ("token embeddings", "model.embed_tokens."),
+    ("indexer", ".sa_indexer."),
+    ("attention", ".self_attn."),
+    ("router", ".mlp.gate."),
+    ("experts", ".mlp.experts."),
+    ("output head", "lm_head."),
+    ("decoder norms", "norm"),
+)
+# Pixels alone run these.
+INACTIVE_FOR_TEXT = ("vision tower", "projector")
+
+
+def take_inventory(config: KeyeConfig, num_packing_parameters: int) -> Inventory:
+    """Count everything of a configuration.
+
+    Args:
+        config: the network.
+        num_packing_parameters: elements of the packing table, which the checkpoint carries and no computation reads; 0: none.
+    """
+    with torch.device("meta"):
+        model = KeyeModel(config)
+    sizes: dict[str, list[int]] = {name: [] for name, _ in PART_MARKS}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, mark in PART_MARKS if mark in name)
+        sizes[part].append(parameter.numel())
+    parts = []
+    for part, counts in sizes.items():
+        active = 0 if part in INACTIVE_FOR_TEXT else sum(counts)
+        if part == "experts":
+            active = active * config.num_experts_per_tok // config.num_experts
+        if counts:
+            parts.append(Part(part, sum(counts), len(counts), active))
+        if part == "vision tower" and num_packing_parameters:
+            parts.append(Part("packing table (unused)", num_packing_parameters, 1, 0))
+    layers, index_width = config.num_hidden_layers, config.indexer.head_dim
+    return Inventory(
+        parts=tuple(parts),
+        kv_bytes_per_token=layers * 2 * config.num_key_value_heads * config.head_dim * BFLOAT16_BYTES,
+        index_bytes_per_token=layers * (index_width + FP8_SCALE_BYTES),
+        index_bytes_per_token_bf16=layers * index_width * BFLOAT16_BYTES,
+    )
