@@ -36,8 +36,8 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
         model_dir=model_dir,
         num_workers=num_workers,
         stages=(
-            StageConfig("short clips", 1500, (16,), num_warmup_steps=100, cell_weight_start=1.0, cell_weight_end=0.7),
-            StageConfig("clips to 30 s", 3600, STANDARD, cell_weight_start=0.7, cell_weight_end=0.2),
+            StageConfig("short clips", 1100, (16,), num_warmup_steps=100, cell_weight_start=1.0, cell_weight_end=0.7),
+            StageConfig("clips to 30 s", 3000, STANDARD, cell_weight_start=0.7, cell_weight_end=0.2),
             StageConfig(
                 "clips to 5 min", 1800, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, cell_weight_end=0.0
             ),
@@ -52,7 +52,7 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
                 num_warmup_steps=20,
             ),
             StageConfig(
-                "sparse adaptation", 1200, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
+                "sparse adaptation", 900, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
             ),
         ),
     )

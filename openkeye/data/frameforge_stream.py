@@ -53,6 +53,8 @@ class HostBatch:
     position_ids_3L: Tensor
     task_ids_BN: Tensor
     job: RenderJob
+    cell_colours: Tensor
+    cell_sprites: Tensor
     seed: int
 
 
@@ -121,6 +123,8 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
                 (first + place - 1, ids[place], number * config.num_slots + slot) for place in range(answer_start, len(ids))
             ]
     table = torch.tensor(labels)
+    job = join_jobs([clip.job for clip in clips])
+    colours, sprites = job.cell_labels(CELLS)
     return HostBatch(
         layout,
         input_ids,
@@ -129,7 +133,9 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
         table[:, 2],
         slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout),
         _task_ids(clips, config.num_slots),
-        join_jobs([clip.job for clip in clips]),
+        job,
+        torch.from_numpy(colours),
+        torch.from_numpy(sprites),
         seed=config.seed * 1_000_003 + step,
     )
 
@@ -147,7 +153,6 @@ def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
     """Draw the frames on the device, with damage like a video codec's, and cut them into patches."""
     generator = torch.Generator().manual_seed(batch.seed)
     frames = codec_like(render(batch.job, FRAME_SIDE, device), generator)
-    colours, sprites = batch.job.cell_labels(CELLS)
     return SlotBatch(
         batch.layout,
         upload(batch.input_ids_BL, device),
@@ -157,8 +162,8 @@ def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
         upload(batch.position_ids_3L, device),
         upload(batch.task_ids_BN, device),
         patches_from_pixels(frames, 14),
-        upload(torch.from_numpy(colours), device),
-        upload(torch.from_numpy(sprites), device),
+        upload(batch.cell_colours, device),
+        upload(batch.cell_sprites, device),
     )
 
 

@@ -29,7 +29,9 @@ class RenderJob:
     """What to draw, as plain arrays: cheap to send between processes."""
 
     instances: np.ndarray
-    # [n, 9] float32, one row per (frame, visible sprite), columns as COLUMNS
+    # [n, 9] float32, one row per (frame, visible sprite), columns as COLUMNS, in drawing order
+    part_sizes: tuple[int, ...]
+    # rows that are drawn at once; no part names a frame twice, so writes of one part never meet
     backgrounds: np.ndarray
     # [B, 12] float32: kind, first RGB, second RGB, angle, photograph, crop x, crop y, crop scale
     noise: np.ndarray
@@ -41,7 +43,7 @@ class RenderJob:
         """Colour + 1 and sprite + 1 of the uppermost sprite centred in each cell, 0 for none: two [F * cells * cells]."""
         size = sum(self.num_frames) * num_cells * num_cells
         colours, sprites = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        rows = self.instances[np.argsort(self.instances[:, 1], kind="stable")]
+        rows = self.instances
         column = np.clip((rows[:, 2] * num_cells).astype(np.int64), 0, num_cells - 1)
         line = np.clip((rows[:, 3] * num_cells).astype(np.int64), 0, num_cells - 1)
         cell = (rows[:, 0].astype(np.int64) * num_cells + line) * num_cells + column
@@ -67,7 +69,7 @@ def scene_job(scene: Scene, frame_times: np.ndarray) -> RenderJob:
         rows.append(table)
     background = scene.background
     noise = np.random.default_rng(background.seed).uniform(-1, 1, (1, NOISE_CELLS, NOISE_CELLS)).astype(np.float32)
-    return RenderJob(np.concatenate(rows), _background_row(background), noise, (len(frame_times),))
+    return RenderJob(*_in_drawing_order(np.concatenate(rows)), _background_row(background), noise, (len(frame_times),))
 
 
 def _background_row(background: Background) -> np.ndarray:
@@ -91,7 +93,7 @@ def join_jobs(jobs: list[RenderJob]) -> RenderJob:
         offset += sum(job.num_frames)
         tables.append(table)
     return RenderJob(
-        np.concatenate(tables),
+        *_in_drawing_order(np.concatenate(tables)),
         np.concatenate([job.backgrounds for job in jobs]),
         np.concatenate([job.noise for job in jobs]),
         tuple(count for job in jobs for count in job.num_frames),
@@ -108,11 +110,12 @@ def render(job: RenderJob, side: int, device: torch.device | str) -> Tensor:
     canvas = F.pad(backgrounds, (0, 0, margin, margin, margin, margin))[clip_of_frame]
     masks = atlas_masks(side, torch.device(device))
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32).to(device)
-    parts = _draw_order(job.instances)
     # One upload for all parts: a copy for each would wait for the device each time.
-    uploaded = upload(torch.from_numpy(np.concatenate(parts)), device) if parts else torch.zeros(0, len(COLUMNS))
-    for part, rows in zip(parts, uploaded.split([len(part) for part in parts]), strict=True):
-        _draw(canvas, rows, masks, palette, side, margin, bool(part[0, 8]))
+    instances = upload(torch.from_numpy(job.instances), device)
+    start = 0
+    for size in job.part_sizes:
+        _draw(canvas, instances[start : start + size], masks, palette, side, margin, bool(job.instances[start, 8]))
+        start += size
     return canvas[:, margin : margin + side, margin : margin + side].clamp(0, 255).round().to(torch.uint8)
 
 
@@ -123,8 +126,8 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def _draw_order(instances: np.ndarray) -> list[np.ndarray]:
-    """Rows in drawing order, objects before captions, split so that no part names a frame twice: writes of one part never meet."""
+def _in_drawing_order(instances: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Rows sorted for drawing, objects before captions and lower layers first, and the sizes of the parts drawn at once."""
     parts = []
     for is_caption in (0.0, 1.0):
         kind = instances[instances[:, 8] == is_caption]
@@ -136,7 +139,8 @@ def _draw_order(instances: np.ndarray) -> list[np.ndarray]:
                 is_first[first] = True
                 parts.append(rows[is_first])
                 rows = rows[~is_first]
-    return parts
+    table = np.concatenate(parts) if parts else instances
+    return table, tuple(len(part) for part in parts)
 
 
 def _draw(canvas: Tensor, rows: Tensor, masks: Tensor, palette: Tensor, side: int, margin: int, is_caption: bool) -> None:

@@ -70,6 +70,7 @@ class TrainConfig:
     # by task name, 1.0 where a task is not named
     num_workers: int = 0
     log_every: int = 50
+    save_every_seconds: float = 200.0
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -104,7 +104,7 @@ class Trainer:
     ) -> bool:
         """Train until the last step or the time limit, then save. Returns True where the run is finished."""
         log = JsonLines(self.run_dir / "log.jsonl")
-        started = last = time.monotonic()
+        started = last = saved = time.monotonic()
         iterator = batches(self.step_number)
         while self.step_number < self.config.num_steps and time.monotonic() - started < stop_after_seconds:
             stage, step_in_stage = self.config.stage_at(self.step_number)
@@ -122,6 +122,9 @@ class Trainer:
                 log.write(**record)
                 if on_log is not None:
                     on_log(record)
+                if now - saved > self.config.save_every_seconds:
+                    self.save()
+                    saved = last = time.monotonic()
         self.save()
         log.close()
         return self.step_number >= self.config.num_steps

@@ -1,0 +1,52 @@
+"""Training text is answering text: what the stream packs into slots is what `encode` makes of a chat."""
+
+import numpy as np
+import pytest
+import torch
+
+from openkeye.data.frameforge_stream import ClipText, StreamConfig, make_host_batch, to_device
+from openkeye.frameforge.stream import make_training_clip
+from openkeye.inputs.encode import encode
+from openkeye.inputs.processor import Processor
+from openkeye.inputs.video import Frames
+
+CONFIG = StreamConfig("openkeye-tiny", 3, 32, 8, 56, lambda step: 16)
+
+
+@pytest.fixture(scope="module")
+def text() -> ClipText:
+    return ClipText(Processor.load("openkeye-tiny"))
+
+
+def test_prefix_and_slot_equal_the_encoded_chat(text):
+    batch = make_host_batch(CONFIG, text, 0)
+    clip = make_training_clip(3, 0, 16)
+    pixels = np.zeros((16, 112, 112, 3), np.uint8)
+    frames = Frames(pixels, [float(t) for t in clip.frame_times], "clip", 8.0, [])
+    for slot, question in enumerate(clip.questions):
+        message = {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]}
+        prompt = encode([message], text.processor).model_input
+        layout = batch.layout
+        start = layout.num_prefix + slot * layout.slot_length
+        num_slot = prompt.num_tokens - layout.num_prefix
+        packed = torch.cat([batch.input_ids_BL[0, : layout.num_prefix], batch.input_ids_BL[0, start : start + num_slot]])
+        assert packed.tolist() == prompt.input_ids.tolist()
+        places = torch.cat([torch.arange(layout.num_prefix), torch.arange(start, start + num_slot)])
+        assert torch.equal(batch.position_ids_3L[:, places], prompt.position_ids)
+
+
+def test_labels_spell_the_answers(text):
+    batch = make_host_batch(CONFIG, text, 0)
+    clip = make_training_clip(3, 1, 16)
+    for slot, question in enumerate(clip.questions):
+        ids = batch.label_ids[batch.label_slots == 8 + slot].tolist()
+        assert text.processor.decode(ids, skip_special_tokens=False) == question.answer + "<|im_end|>"
+        places = batch.label_positions[batch.label_slots == 8 + slot]
+        assert torch.equal(batch.input_ids_BL.flatten()[places + 1], torch.tensor(ids))
+
+
+def test_a_batch_is_a_function_of_its_step(text):
+    first, again, other = (make_host_batch(CONFIG, text, step) for step in (5, 5, 6))
+    assert torch.equal(first.input_ids_BL, again.input_ids_BL) and not torch.equal(first.input_ids_BL, other.input_ids_BL)
+    drawn, drawn_again = to_device(first, "cpu"), to_device(again, "cpu")
+    assert torch.equal(drawn.patches.pixels, drawn_again.patches.pixels)
