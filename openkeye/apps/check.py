@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from openkeye.model.config import KeyeConfig
     from openkeye.model.keye import KeyeModel
 
+DOUBLE_PARAMETERS = 500_000_000
+# models up to this size are run in double precision, larger ones in fp32
 SUMMARY = "compare a checkpoint's outputs with a recorded case"
 
 
@@ -70,19 +72,25 @@ def run(arguments: argparse.Namespace) -> int:
 
     model_dir = resolve_model_dir(arguments.model)
     model = load_model(model_dir, "cpu", torch.float32)
+    # Double precision halves the rounding between two fp32 computations, which alone can swap positions of nearly equal score.
+    if sum(parameter.numel() for parameter in model.parameters()) <= DOUBLE_PARAMETERS:
+        model = model.double()
     case = load_case(Path(arguments.case), model.config)
     differences = compare(model, case, arguments.tolerance)
+    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
     is_passed = all(difference.is_within for difference in differences)
     if arguments.json:
         # JSON has no NaN: a broken output shows as null.
         shown = {item.name: item.value if item.value == item.value else None for item in differences}
-        print(json.dumps({**shown, "tolerance": arguments.tolerance, "passed": is_passed}))
+        print(json.dumps({**shown, "tolerance": arguments.tolerance, "precision": precision, "passed": is_passed}))
         return 0 if is_passed else 1
     for difference in differences:
         unit = " entries differ" if difference.limit == 0 else ""
         text = f"{difference.value:.0f}" if difference.limit == 0 else f"{difference.value:.3g}"
         print(f"{difference.name:16}{text:>10}{unit:16}{'ok' if difference.is_within else 'TOO FAR'}")
-    print(f"{'passed' if is_passed else 'FAILED'}: {case.input_ids.shape[0]} tokens, tolerance {arguments.tolerance:g}")
+    print(
+        f"{'passed' if is_passed else 'FAILED'}: {case.input_ids.shape[0]} tokens in {precision}, tolerance {arguments.tolerance:g}"
+    )
     return 0 if is_passed else 1
 
 
@@ -195,15 +203,15 @@ def compare(model: "KeyeModel", case: Case, tolerance: float) -> list[Difference
     if case.rope_delta is not None:
         wrong += int(positions.max()) + 1 - positions.shape[1] != case.rope_delta
     differences.append(Difference("positions", wrong, 0))
-    embeds = {}
+    embeds: dict[str, Tensor | None] = {"image": None, "video": None}
     with torch.inference_mode():
         for kind, patches, recorded in (
             ("image", case.images, case.image_embeds),
             ("video", case.videos, case.video_embeds),
         ):
-            embeds[kind] = None if patches is None else model.encode_patches(patches)
-            if embeds[kind] is not None:
-                differences.append(Difference(f"{kind}_embeds", _largest(embeds[kind], recorded), tolerance))
+            if patches is not None:
+                vectors = embeds[kind] = model.encode_patches(patches)
+                differences.append(Difference(f"{kind}_embeds", _largest(vectors, recorded), tolerance))
         past = PlainPast(config.indexer.top_k)
         logits = model.logits(model(model.embed(case.input_ids, embeds["image"], embeds["video"]), positions, past))
     differences.append(Difference("selected", _count_selection_differences(past.selected, case.selected), 0))

@@ -15,6 +15,7 @@ from openkeye.kernels.reference import (
     layer_norm,
     rms_norm,
     sparse_attention,
+    widen,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "layer_norm",
     "rms_norm",
     "sparse_attention",
+    "widen",
 ]
 
 

@@ -1,5 +1,7 @@
 """Every operation of the model in plain PyTorch, fp32 inside: the definition, and what runs where no faster twin serves.
 
+Double precision stays double throughout: `openkeye check` measures with it.
+
 Letters: T query tokens, S keys, H query heads, G KV heads, D head width, J indexer heads, I indexer width, K picked tokens,
 E experts, F expert width. Memory is O(T * K) everywhere: scores and gathered keys are made in slabs of queries.
 """
@@ -8,23 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCRATCH_BYTES = 256 << 20
+# What a slab may hold at a time: on a CPU about what its cache holds (measured twice as fast as larger slabs).
+CPU_SCRATCH_BYTES = 8 << 20
+GPU_SCRATCH_BYTES = 256 << 20
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _slab_rows(row_bytes: int, max_scratch_bytes: int | None, device: torch.device) -> int:
+    """How many queries go through at a time."""
+    default = CPU_SCRATCH_BYTES if device.type == "cpu" else GPU_SCRATCH_BYTES
+    return max(1, (max_scratch_bytes or default) // max(1, row_bytes))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps) * widen(weight)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension, computed in fp32, returned in x's dtype."""
-    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
+    return F.layer_norm(widen(x), (x.shape[-1],), widen(weight), widen(bias), eps).to(x.dtype)
 
 
 def apply_rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Half-split rotation: element d pairs with d + D / 2. cos and sin are [T, D], both halves alike; computed in fp32."""
-    wide = x_THD.float()
+    wide = widen(x_THD)
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (wide * cos_TD.unsqueeze(-2) + turned * sin_TD.unsqueeze(-2)).to(x_THD.dtype)
@@ -35,7 +50,7 @@ def hadamard(x: Tensor) -> Tensor:
     width = x.shape[-1]
     if width & (width - 1):
         raise ValueError(f"hadamard needs a width that is a power of two, got {width}")
-    y, span = x.float(), 1
+    y, span = widen(x), 1
     while span < width:
         pairs = y.unflatten(-1, (-1, 2, span))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
@@ -50,21 +65,33 @@ def top_k_positions(scores_TS: Tensor, k: int, num_valid_T: Tensor) -> Tensor:
     Returns:
         [T, k] int32, ascending, -1 at the end of rows with fewer than k valid columns.
     """
-    num_rows, num_columns = scores_TS.shape
+    num_columns = scores_TS.shape[1]
     column = torch.arange(num_columns, device=scores_TS.device)
-    valid = column < num_valid_T[:, None]
-    scores = scores_TS.masked_fill(~valid, -torch.inf)
-    width = min(k, num_columns)
-    threshold = scores.topk(width, dim=-1).values[:, -1:]
-    above = (scores > threshold) & valid
-    equal = (scores == threshold) & valid
+    scores = scores_TS.masked_fill(column >= num_valid_T[:, None], -torch.inf)
+    if k < num_columns:
+        best = scores.topk(k + 1, dim=-1)
+        picked = best.indices[:, :k].sort(dim=-1).values.int()
+        # Where the k-th equals the next, or fewer than k columns are valid, topk alone does not say which to take.
+        is_open = (best.values[:, k - 1] == best.values[:, k]).nonzero().flatten()
+        if is_open.numel():
+            picked[is_open] = _pick_leftmost(scores[is_open], k)
+        return picked
+    return F.pad(_pick_leftmost(scores, num_columns), (0, k - num_columns), value=-1)
+
+
+def _pick_leftmost(scores_TS: Tensor, k: int) -> Tensor:
+    """`top_k_positions` for k <= S and scores that are -inf where not valid, whatever the ties."""
+    num_columns = scores_TS.shape[1]
+    threshold = scores_TS.topk(k, dim=-1).values[:, -1:]
+    above = scores_TS > threshold
+    equal = (scores_TS == threshold) & (scores_TS > -torch.inf)
     # Of the scores equal to the k-th, the leftmost fill what the strictly larger ones leave free.
-    room = width - above.sum(dim=-1, keepdim=True)
+    room = k - above.sum(dim=-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
     # Chosen columns sort before the sentinel, in ascending order.
-    order = torch.where(chosen, column, num_columns).topk(width, dim=-1, largest=False, sorted=True).values
-    picked = torch.where(order < num_columns, order, -1).int()
-    return F.pad(picked, (0, k - width), value=-1)
+    column = torch.arange(num_columns, device=scores_TS.device)
+    order = torch.where(chosen, column, num_columns).topk(k, dim=-1, largest=False, sorted=True).values
+    return torch.where(order < num_columns, order, -1).int()
 
 
 def indexer_select(
@@ -73,7 +100,7 @@ def indexer_select(
     key_SI: Tensor,
     k: int,
     query_positions_T: Tensor,
-    max_scratch_bytes: int = SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
 ) -> Tensor:
     """Positions each query attends to: the k largest index scores I[t, s] = sum_j gate_j relu(q_j . k_s) with s <= position t.
 
@@ -82,7 +109,7 @@ def indexer_select(
     Args:
         query_TJI, gates_TJ, key_SI: the indexer's projections; gates already scaled by I ** -0.5.
         query_positions_T: index of each query among the S keys.
-        max_scratch_bytes: bound on the scores that stand in memory at a time.
+        max_scratch_bytes: bound on the scores that stand in memory at a time (at least one query's); None: by device.
 
     Returns:
         [T, k] int32 into 0..S-1, ascending, -1 pads.
@@ -96,14 +123,14 @@ def indexer_select(
     is_short = num_valid <= k
     indices = torch.where(is_short[:, None] & (everything < num_valid[:, None]), everything, indices)
     rows = (~is_short).nonzero().flatten()
-    key_IS = key_SI.float().t().contiguous()
-    # Scores, their threshold masks and column numbers: about 8 times 4 bytes a score.
-    slab = max(1, max_scratch_bytes // (num_keys * 4 * (num_heads + 8)))
+    key_IS = widen(key_SI).t().contiguous()
+    # A score and its copies: one product per head, the sum, the masked sum and its column number.
+    slab = _slab_rows(num_keys * key_IS.element_size() * (num_heads + 3), max_scratch_bytes, device)
     for start in range(0, rows.shape[0], slab):
         part = rows[start : start + slab]
         last = int(num_valid[part].max())
-        products = (query_TJI[part].float().flatten(0, 1) @ key_IS[:, :last]).relu_().unflatten(0, (-1, num_heads))
-        scores = torch.einsum("tj,tjs->ts", gates_TJ[part].float(), products)
+        products = (widen(query_TJI[part]).flatten(0, 1) @ key_IS[:, :last]).relu_().unflatten(0, (-1, num_heads))
+        scores = (widen(gates_TJ[part])[:, None] @ products)[:, 0]
         indices[part] = top_k_positions(scores, k, num_valid[part])
     return indices
 
@@ -114,7 +141,7 @@ def sparse_attention(
     value_SGD: Tensor,
     indices_TK: Tensor,
     scale: float,
-    max_scratch_bytes: int = SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
 ) -> Tensor:
     """softmax(q . k * scale) v over the keys named by each row of indices_TK (-1: none), [T, H, D].
 
@@ -122,15 +149,17 @@ def sparse_attention(
     """
     num_queries, num_heads, width = query_THD.shape
     num_groups = key_SGD.shape[1]
-    slab = max(1, max_scratch_bytes // (2 * 4 * indices_TK.shape[1] * num_groups * width))
+    # Gathered keys and values, once as they come and once widened and laid out for the product.
+    row_bytes = 4 * indices_TK.shape[1] * num_groups * width * torch.promote_types(key_SGD.dtype, torch.float32).itemsize
+    slab = _slab_rows(row_bytes, max_scratch_bytes, key_SGD.device)
     outputs = []
     for start in range(0, num_queries, slab):
         indices = indices_TK[start : start + slab]
         is_pad = indices < 0
         safe = indices.clamp_min(0).long()
-        keys_TGKD = key_SGD[safe].transpose(1, 2).float()
-        values_TGKD = value_SGD[safe].transpose(1, 2).float()
-        query_TGRD = query_THD[start : start + slab].float().unflatten(1, (num_groups, num_heads // num_groups))
+        keys_TGKD = widen(key_SGD[safe].transpose(1, 2))
+        values_TGKD = widen(value_SGD[safe].transpose(1, 2))
+        query_TGRD = widen(query_THD[start : start + slab]).unflatten(1, (num_groups, num_heads // num_groups))
         scores = (query_TGRD @ keys_TGKD.transpose(2, 3)) * scale
         scores = scores.masked_fill(is_pad[:, None, None], -torch.inf)
         outputs.append((scores.softmax(dim=-1) @ values_TGKD).flatten(1, 2))
@@ -143,15 +172,18 @@ def dense_attention(
     value_SGD: Tensor,
     query_positions_T: Tensor | None,
     scale: float,
-    max_scratch_bytes: int = SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
 ) -> Tensor:
-    """softmax(q . k * scale) v over all keys at or before each query's position (all keys where positions are None), [T, H, D]."""
+    """softmax(q . k * scale) v over all keys at or before each query's position (None: over all keys), [T, H, D]."""
     num_queries, num_heads, _ = query_THD.shape
     num_keys, num_groups, _ = key_SGD.shape
-    key = key_SGD.float().transpose(0, 1).repeat_interleave(num_heads // num_groups, dim=0)
-    value = value_SGD.float().transpose(0, 1).repeat_interleave(num_heads // num_groups, dim=0)
-    query = query_THD.float().transpose(0, 1)
-    slab = num_queries if query_positions_T is None else max(1, max_scratch_bytes // (4 * num_keys * (num_heads + 1)))
+    key = widen(key_SGD).transpose(0, 1).repeat_interleave(num_heads // num_groups, dim=0)
+    value = widen(value_SGD).transpose(0, 1).repeat_interleave(num_heads // num_groups, dim=0)
+    query = widen(query_THD).transpose(0, 1)
+    # The fused product needs no scores in memory but the mask; where it falls back on plain products, those of all heads.
+    slab = num_queries
+    if query_positions_T is not None:
+        slab = _slab_rows(num_keys * key.element_size() * (num_heads + 1), max_scratch_bytes, key.device)
     columns = torch.arange(num_keys, device=key.device)
     outputs = []
     for start in range(0, num_queries, slab):
@@ -165,12 +197,16 @@ def experts(x_TD: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor, weights_TK: Ten
 
     gate_up_EDF is [E, D, 2F], gate columns first; down_EFD is [E, F, D]: the published, input-major layout.
     """
-    output = torch.zeros_like(x_TD, dtype=torch.float32)
-    for expert in range(gate_up_EDF.shape[0]):
-        token, slot = (expert_ids_TK == expert).nonzero(as_tuple=True)
-        if token.numel() == 0:
+    num_picked = expert_ids_TK.shape[1]
+    wide = widen(x_TD)
+    output = torch.zeros_like(wide)
+    order = expert_ids_TK.flatten().argsort(stable=True)
+    counts = torch.bincount(expert_ids_TK.flatten(), minlength=gate_up_EDF.shape[0]).tolist()
+    for expert, slots in enumerate(order.split(counts)):
+        if not counts[expert]:
             continue
-        gate, up = (x_TD[token] @ gate_up_EDF[expert]).chunk(2, dim=-1)
-        part = (F.silu(gate) * up) @ down_EFD[expert]
-        output = output.index_add(0, token, part.float() * weights_TK[token, slot, None].float())
+        token = slots // num_picked
+        gate, up = (wide[token] @ widen(gate_up_EDF[expert])).chunk(2, dim=-1)
+        part = (F.silu(gate) * up) @ widen(down_EFD[expert])
+        output.index_add_(0, token, part * widen(weights_TK.flatten()[slots, None]))
     return output.to(x_TD.dtype)

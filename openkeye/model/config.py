@@ -124,7 +124,7 @@ class KeyeConfig:
             "num_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
         ]  # fmt: skip
         missing = [key for key in required if key not in raw]
-        theta = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
+        theta: Any = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
         if theta is None:
             missing.append("rope_theta (or rope_parameters.rope_theta)")
         scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}

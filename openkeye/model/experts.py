@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import experts
+from openkeye.kernels.dispatch import experts, widen
 from openkeye.model.config import KeyeConfig
 
 
@@ -35,7 +35,7 @@ class MixtureOfExperts(nn.Module):
         logits = self.gate(x_TD)
         if self.keeps_router_logits:
             self.router_logits = logits
-        probabilities = logits.float().softmax(dim=-1)
+        probabilities = widen(logits).softmax(dim=-1)
         weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)

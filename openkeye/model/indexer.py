@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import apply_rotary, hadamard, layer_norm, rms_norm
+from openkeye.kernels.dispatch import apply_rotary, hadamard, layer_norm, rms_norm, widen
 from openkeye.model.config import KeyeConfig
 from openkeye.model.norm import RmsNorm
 from openkeye.model.past import IndexerOutput
@@ -26,7 +26,7 @@ class Indexer(nn.Module):
         projected = self.q_proj(hidden_TD)
         rows = self.num_heads * self.head_dim
         query_TJI = projected[:, :rows].unflatten(-1, (self.num_heads, self.head_dim))
-        gates_TJ = projected[:, rows:].float() * self.head_dim**-0.5
+        gates_TJ = widen(projected[:, rows:]) * self.head_dim**-0.5
         query_TJI = rms_norm(query_TJI, self.q_norm.weight, self.q_norm.eps)
         key_TI = layer_norm(self.k_proj(hidden_TD), self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
         query_TJI = hadamard(apply_rotary(query_TJI, cos_TI, sin_TI))

@@ -11,18 +11,25 @@ def mrope_table(position_ids_3T: Tensor, sections: tuple[int, ...], theta: float
     """
     half = sum(sections)
     device = position_ids_3T.device
-    # float64 for the powers only: positions reach 262,144, where an fp32 angle already loses digits.
-    frequencies = theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    frequencies = _frequencies(half, theta, device)
     axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(sections, device=device), output_size=half)
-    angles = position_ids_3T[axis].t().float() * frequencies.float()
+    angles = position_ids_3T[axis].t().float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
+def _frequencies(count: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-i / count) for i = 0..count-1, in fp32.
+
+    In this very form, a reciprocal of an fp32 power, because the weights were trained with it: at position 200,000 the last
+    bit of a frequency turns an angle by a hundredth, so a "more exact" table would be a different network.
+    """
+    return 1.0 / theta ** (torch.arange(count, dtype=torch.float32, device=device) / count)
+
+
 def grid_table(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [height * width, head_dim] of a patch grid, row-major: first the row's angles, then the column's, twice."""
-    quarter = head_dim // 4
-    frequencies = theta ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    frequencies = _frequencies(head_dim // 4, theta, device)
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
     angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
