@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from openkeye.data.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, StreamConfig, batches
 from openkeye.model.config import KeyeConfig
@@ -27,6 +28,7 @@ CHECKPOINT = Path(__file__).parent.parent / "openkeye" / "checkpoints" / "openke
 STANDARD = (16, 24, 32, 40, 48, 60)
 EVERY = (16, 24, 32, 40, 48, 60, 96, 128, 192, 256, 384, 512, 600)
 # Half of the steps stay with short clips, which hold more questions a second of computing.
+HINTS = {"hint_weight_start": 0.5, "hint_weight_end": 0.5}
 EVERY_WEIGHTS = (2, 2, 2, 2, 2, 3, 1, 1, 1.5, 1.5, 1.5, 1.5, 2)
 
 
@@ -36,14 +38,16 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
         model_dir=model_dir,
         num_workers=num_workers,
         stages=(
-            StageConfig("short clips", 1100, (16,), num_warmup_steps=100, cell_weight_start=1.0, cell_weight_end=0.7),
-            StageConfig("clips to 30 s", 3000, STANDARD, cell_weight_start=0.7, cell_weight_end=0.2),
             StageConfig(
-                "clips to 5 min", 1800, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, cell_weight_end=0.0
+                "short clips", 1000, (8, 12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
+            ),
+            StageConfig("clips to 30 s", 1600, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
+            StageConfig(
+                "clips to 5 min", 1300, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, hint_weight_start=0.5
             ),
             StageConfig(
                 "indexer warm-up",
-                300,
+                100,
                 EVERY,
                 EVERY_WEIGHTS,
                 trains="indexer",
@@ -52,7 +56,7 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
                 num_warmup_steps=20,
             ),
             StageConfig(
-                "sparse adaptation", 900, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
+                "sparse adaptation", 700, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
             ),
         ),
     )
@@ -80,11 +84,13 @@ class FrameCounts:
         return int(rng.choice(stage.frame_counts, p=weights / weights.sum()))
 
 
-def run(config: TrainConfig, run_dir: Path, out_dir: Path, stop_after_seconds: float) -> bool:
+def run(config: TrainConfig, run_dir: Path, out_dir: Path, stop_after_seconds: float, start_from: Path | None = None) -> bool:
     """Train until finished or out of time; the weights so far are written to `out_dir` either way."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = KeyeModel(KeyeConfig.load(config.model_dir))
     initialise(model, config.seed)
+    if start_from is not None:
+        model.load_state_dict(load_file(start_from))
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     trainer = Trainer(model, config, list(TASKS), NUM_COLOURS, NUM_SPRITES, run_dir)
     stream = StreamConfig(
@@ -103,7 +109,18 @@ def print_figures(record: dict) -> None:
     tasks = " ".join(f"{task[:6]} {record[f'exact/{task}']:.2f}" for task in TASKS if f"exact/{task}" in record)
     others = " ".join(
         f"{name} {record[name]:.3f}"
-        for name in ("answer_loss", "cell_loss", "indexer_loss", "indexer_recall", "indexer_mass", "gradient_norm", "num_skipped")
+        for name in (
+            "answer_loss",
+            "cell_loss",
+            "hint_0",
+            "hint_1",
+            "hint_2",
+            "indexer_loss",
+            "indexer_recall",
+            "indexer_mass",
+            "gradient_norm",
+            "num_skipped",
+        )
         if name in record
     )
     print(f"{record['step']:6d} {record['seconds']:6.0f} s {record['ms_per_step']:5.0f} ms  {tasks}  {others}", flush=True)
@@ -114,12 +131,20 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--stop-after-seconds", type=float, default=float("inf"), help="save and leave after this many seconds")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="write the weights here instead of into the package")
+    parser.add_argument("--start-from", type=Path, default=None, help="weights (safetensors) of an earlier run to begin with")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage on short clips")
+    parser.add_argument("--stage-steps", type=int, nargs="+", default=None, help="steps of each stage instead of the recipe's")
     parser.add_argument("--num-workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = smoke() if arguments.smoke else tiny(num_workers=arguments.num_workers)
-    is_finished = run(replace(config, seed=arguments.seed), arguments.run_dir, arguments.out, arguments.stop_after_seconds)
+    is_finished = run(
+        replace(config, seed=arguments.seed),
+        arguments.run_dir,
+        arguments.out,
+        arguments.stop_after_seconds,
+        arguments.start_from,
+    )
     print("finished" if is_finished else "not finished: run the same command again to go on", flush=True)
     return 0
 

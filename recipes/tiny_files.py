@@ -6,9 +6,9 @@ python -m recipes.tiny_files          # writes into openkeye/checkpoints/openkey
 import json
 from pathlib import Path
 
-from openkeye.frameforge.stream import make_training_clip
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from openkeye.frameforge.stream import make_training_clip
 from recipes.tiny import CHECKPOINT
 
 SPECIAL_TOKENS = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_map, hint_table
 from openkeye.data.slot_batch import SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
@@ -43,18 +44,15 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """A batch before its pictures are drawn: small, made by a worker, moved to the device as it is."""
+    """A batch before its pictures are drawn: small, made by a worker, moved to the device as it is.
+
+    Arrays and not tensors: a tensor from another process costs several handshakes with the process that made it.
+    """
 
     layout: SlotLayout
-    input_ids_BL: Tensor
-    label_positions: Tensor
-    label_ids: Tensor
-    label_slots: Tensor
-    position_ids_3L: Tensor
-    task_ids_BN: Tensor
+    arrays: dict[str, np.ndarray]
+    # by the names of `SlotBatch`
     job: RenderJob
-    cell_colours: Tensor
-    cell_sprites: Tensor
     seed: int
 
 
@@ -64,13 +62,20 @@ class ClipText:
     def __init__(self, processor: Processor) -> None:
         self.processor = processor
         self.encode = lru_cache(maxsize=200_000)(self._encode)
+        self.encode_frame = lru_cache(maxsize=20_000)(processor.tokenizer.encode_template)
         special = processor.special_id
         self.video_pad = special("<|video_pad|>")
         self.head = [special("<|im_start|>"), *self.encode("user\n"), special("<|vision_start|>")]
         self.tail = [special("<|vision_end|>")]
         self.after_question = [special("<|im_end|>"), *self.encode("\n"), special("<|im_start|>"), *self.encode("assistant\n")]
         self.after_answer = [special("<|im_end|>")]
-        self.frame = special("<|frame|>")
+        self.figures = {self.encode(figure)[0]: figure for figure in "0123456789."}
+
+    def frame_layout(self, prefix: list[int], num_frames: int) -> FrameLayout:
+        """Where the frames stand in a prefix."""
+        first = len(self.head)
+        per_frame = (len(prefix) - first - len(self.tail)) // num_frames
+        return FrameLayout(first, per_frame, per_frame - CELLS * CELLS, num_frames)
 
     def _encode(self, text: str) -> list[int]:
         return self.processor.encode_text(text)
@@ -80,7 +85,7 @@ class ClipText:
         ids = list(self.head)
         pads = [self.video_pad] * (CELLS * CELLS)
         for seconds in times_seconds:
-            ids += self.processor.encode_frame_text(float(seconds))
+            ids += self.encode_frame(self.processor.frame_text.format(seconds=float(seconds)))
             ids += pads
         return ids + self.tail
 
@@ -108,36 +113,52 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     ]
     prefixes = [text.prefix(clip.frame_times) for clip in clips]
     layout = SlotLayout(len(prefixes[0]), config.num_slots, config.slot_length)
-    input_ids = torch.zeros(num_clips, layout.num_tokens, dtype=torch.int64)
+    frames = text.frame_layout(prefixes[0], num_frames)
+    input_ids = np.zeros((num_clips, layout.num_tokens), np.int32)
     labels: list[tuple[int, int, int]] = []
+    hints: list[list[tuple[int, int, int, int, int]]] = [[] for _ in clips]
     for number, (clip, prefix) in enumerate(zip(clips, prefixes, strict=True)):
         assert len(prefix) == layout.num_prefix, "the frame text must have one length for every time"
-        input_ids[number, : layout.num_prefix] = torch.tensor(prefix)
+        input_ids[number, : layout.num_prefix] = prefix
         for slot, question in enumerate(clip.questions[: config.num_slots]):
             ids, answer_start = text.slot(question.text, question.answer)
             assert len(ids) <= config.slot_length, f"slot of {len(ids)} tokens: {question.text!r} {question.answer!r}"
             start = layout.num_prefix + slot * config.slot_length
-            input_ids[number, start : start + len(ids)] = torch.tensor(ids)
-            first = number * layout.num_tokens + start
+            input_ids[number, start : start + len(ids)] = ids
+            row = start + answer_start - 1
+            first = number * layout.num_tokens + row
             labels += [
-                (first + place - 1, ids[place], number * config.num_slots + slot) for place in range(answer_start, len(ids))
+                (first + place, token, number * config.num_slots + slot) for place, token in enumerate(ids[answer_start:])
             ]
-    table = torch.tensor(labels)
+            for track, name in question.mentions:
+                named = text.encode(question.text[: question.text.index(name) + len(name)])
+                hints[number].append((0, start + len(named) - 1, track + 1, ANY, ANY))
+            if question.track is not None:
+                hints[number] += answer_hints(
+                    row, ids[answer_start:], text.figures, question.track + 1, clip.frame_times, frames
+                )
+    table = np.array(labels)
     job = join_jobs([clip.job for clip in clips])
-    colours, sprites = job.cell_labels(CELLS)
-    return HostBatch(
-        layout,
-        input_ids,
-        table[:, 0],
-        table[:, 1],
-        table[:, 2],
-        slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout),
-        _task_ids(clips, config.num_slots),
-        job,
-        torch.from_numpy(colours),
-        torch.from_numpy(sprites),
-        seed=config.seed * 1_000_003 + step,
+    colours, sprites, tracks = job.cell_labels(CELLS)
+    token_frames = np.full(layout.num_tokens, -1, np.int16)
+    token_frames[frames.first : frames.first + num_frames * frames.tokens_per_frame] = np.repeat(
+        np.arange(num_frames), frames.tokens_per_frame
     )
+    positions = slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout)
+    arrays = {
+        "input_ids_BL": input_ids,
+        "label_positions": table[:, 0],
+        "label_ids": table[:, 1],
+        "label_slots": table[:, 2],
+        "position_ids_3L": positions.numpy().astype(np.int32),
+        "task_ids_BN": _task_ids(clips, config.num_slots),
+        "cell_colours": colours,
+        "cell_sprites": sprites,
+        "token_tracks_BL": cell_map(tracks, num_clips, CELLS * CELLS, frames, layout),
+        "token_frames_L": token_frames,
+        "hints": hint_table(hints),
+    }
+    return HostBatch(layout, arrays, job, seed=config.seed * 1_000_003 + step)
 
 
 def _without_times(prefix: list[int], text: ClipText, num_frames: int) -> tuple[int, ...]:
@@ -145,26 +166,18 @@ def _without_times(prefix: list[int], text: ClipText, num_frames: int) -> tuple[
     return tuple(token if token == text.video_pad else 0 for token in prefix)
 
 
-def _task_ids(clips: list[TrainingClip], num_slots: int) -> Tensor:
-    return torch.tensor([[TASKS.index(question.task) for question in clip.questions[:num_slots]] for clip in clips])
+def _task_ids(clips: list[TrainingClip], num_slots: int) -> np.ndarray:
+    return np.array([[TASKS.index(question.task) for question in clip.questions[:num_slots]] for clip in clips])
 
 
 def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
     """Draw the frames on the device, with damage like a video codec's, and cut them into patches."""
     generator = torch.Generator().manual_seed(batch.seed)
     frames = codec_like(render(batch.job, FRAME_SIDE, device), generator)
-    return SlotBatch(
-        batch.layout,
-        upload(batch.input_ids_BL, device),
-        upload(batch.label_positions, device),
-        upload(batch.label_ids, device),
-        upload(batch.label_slots, device),
-        upload(batch.position_ids_3L, device),
-        upload(batch.task_ids_BN, device),
-        patches_from_pixels(frames, 14),
-        upload(batch.cell_colours, device),
-        upload(batch.cell_sprites, device),
-    )
+    tensors = {name: upload(torch.from_numpy(array), device) for name, array in batch.arrays.items()}
+    # Ids and labels travel narrow and are widened here, where that costs nothing.
+    wide = {name: tensor if name.startswith("token_") else tensor.long() for name, tensor in tensors.items()}
+    return SlotBatch(layout=batch.layout, patches=patches_from_pixels(frames, 14), **wide)
 
 
 class HostBatches(IterableDataset):

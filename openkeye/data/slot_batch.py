@@ -59,6 +59,12 @@ class SlotBatch:
     # [merged tokens] int64: colour whose sprite has its centre in this cell, 0 for none
     cell_sprites: Tensor
     # [merged tokens] int64: sprite likewise
+    token_tracks_BL: Tensor
+    # int16: 1-based number of the thing whose centre lies in each cell token, 0 elsewhere
+    token_frames_L: Tensor
+    # int16: frame of each prefix token, -1 elsewhere
+    hints: Tensor
+    # [hops, B, hints, 4] int64 (`hints.hint_table`)
 
     def __post_init__(self) -> None:
         shape = (self.task_ids_BN.shape[0], self.layout.num_tokens)

@@ -22,6 +22,10 @@ class Question:
     # true continuous seconds, for questions that ask when something is visible
     moment_seconds: float | None = None
     # true moment, for questions that ask when something turns
+    track: int | None = None
+    # index in scene.tracks of the one thing that the question is about
+    mentions: tuple[tuple[int, str], ...] = ()
+    # index in scene.tracks and name of everything that the text names
 
     @property
     def kind(self) -> str:
@@ -66,6 +70,16 @@ def say_spans(spans: list[Interval]) -> str:
     return f"F{' and '.join(parts)[1:]} seconds."
 
 
+def _index(scene: Scene, track: Track) -> int:
+    return next(number for number, other in enumerate(scene.tracks) if other is track)
+
+
+def _about(scene: Scene, track: Track) -> tuple[int, tuple[tuple[int, str], ...]]:
+    """The last two fields of a question about one named thing."""
+    number = _index(scene, track)
+    return number, ((number, scene.name(track)),)
+
+
 def _pick(rng: np.random.Generator, phrasings: tuple[str, ...]) -> str:
     return phrasings[int(rng.integers(len(phrasings)))]
 
@@ -84,7 +98,9 @@ def _localisation(scene: Scene, rng: np.random.Generator, frame_times: np.ndarra
             "During which seconds is the {} on screen?",
         ),
     ).format(scene.name(track))
-    return Question(TASKS[0], text, say_spans(seen_spans(track.intervals, frame_times)), track.intervals)
+    return Question(
+        TASKS[0], text, say_spans(seen_spans(track.intervals, frame_times)), track.intervals, None, *_about(scene, track)
+    )
 
 
 def _counting(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> Question:
@@ -108,7 +124,9 @@ def _counting(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -
         else:
             noun = {"cross": "crosses"}.get(SHAPES[wanted], f"{SHAPES[wanted]}s")
             number = sum(track.sprite == wanted for track in scene.objects)
-        text = _pick(rng, ("How many {} appear?", "How many {} are in the video?", "Count the {}.", "What is the number of {}?"))
+        text = _pick(
+            rng, ("How many {} appear?", "How many {} are in the video?", "Count the {}.", "What is the number of {}?")
+        )
         return Question(TASKS[1], text.format(noun), f"{number}.")
     track = scene.tracks[scene.roles["repeated"]]
     text = _pick(
@@ -120,7 +138,7 @@ def _counting(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -
             "How many separate times is the {} visible?",
         ),
     )
-    return Question(TASKS[1], text.format(scene.name(track)), f"{len(track.intervals)}.")
+    return Question(TASKS[1], text.format(scene.name(track)), f"{len(track.intervals)}.", (), None, *_about(scene, track))
 
 
 def _pairs(scene: Scene, rng: np.random.Generator) -> list[tuple[Track, Track]]:
@@ -136,14 +154,13 @@ def _before_after(scene: Scene, rng: np.random.Generator, frame_times: np.ndarra
     first, second = apart[0] if apart else max(pairs, key=lambda pair: abs(pair[0].intervals[0][0] - pair[1].intervals[0][0]))
     a, b = scene.name(first), scene.name(second)
     is_before = first.intervals[0][0] < second.intervals[0][0]
-    kind = int(rng.integers(4))
-    if kind == 0:
-        return Question(TASKS[2], f"Does the {a} appear before the {b}?", "Yes." if is_before else "No.")
-    if kind == 1:
-        return Question(TASKS[2], f"Does the {a} appear after the {b}?", "No." if is_before else "Yes.")
-    if kind == 2:
-        return Question(TASKS[2], f"Which appears first, the {a} or the {b}?", f"The {a if is_before else b}.")
-    return Question(TASKS[2], f"Which appears later, the {a} or the {b}?", f"The {b if is_before else a}.")
+    text, answer = (
+        (f"Does the {a} appear before the {b}?", "Yes." if is_before else "No."),
+        (f"Does the {a} appear after the {b}?", "No." if is_before else "Yes."),
+        (f"Which appears first, the {a} or the {b}?", f"The {a if is_before else b}."),
+        (f"Which appears later, the {a} or the {b}?", f"The {b if is_before else a}."),
+    )[int(rng.integers(4))]
+    return Question(TASKS[2], text, answer, mentions=((_index(scene, first), a), (_index(scene, second), b)))
 
 
 def _co_occurrence(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> Question:
@@ -163,7 +180,8 @@ def _co_occurrence(scene: Scene, rng: np.random.Generator, frame_times: np.ndarr
         ),
     )
     answer = "Yes." if overlap_seconds(*best) > 0 else "No."
-    return Question(TASKS[3], text.format(scene.name(best[0]), scene.name(best[1])), answer)
+    mentions = tuple((_index(scene, track), scene.name(track)) for track in best)
+    return Question(TASKS[3], text.format(scene.name(best[0]), scene.name(best[1])), answer, mentions=mentions)
 
 
 def _reading(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> Question:
@@ -182,7 +200,13 @@ def _reading(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) ->
             ),
         )
         return Question(
-            TASKS[4], text.format(kind, shown), say_spans(seen_spans(track.intervals, frame_times)), track.intervals
+            TASKS[4],
+            text.format(kind, shown),
+            say_spans(seen_spans(track.intervals, frame_times)),
+            track.intervals,
+            None,
+            _index(scene, track),
+            ((_index(scene, track), shown),),
         )
     moment = float(rng.uniform(first + 0.75, last - 0.75))
     text = _pick(
@@ -194,7 +218,7 @@ def _reading(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) ->
             "What {} can be read at {:.1f} seconds?",
         ),
     )
-    return Question(TASKS[4], text.format(kind, moment), f"{shown.capitalize()}.")
+    return Question(TASKS[4], text.format(kind, moment), f"{shown.capitalize()}.", track=_index(scene, track))
 
 
 def _motion(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> Question:
@@ -213,7 +237,8 @@ def _motion(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> 
                     "When does the {} start to move back?",
                 ),
             )
-            return Question(TASKS[5], text.format(name), f"At {nearest:.1f} seconds.", moment_seconds=track.turn_seconds)
+            answer = f"At {nearest:.1f} seconds."
+            return Question(TASKS[5], text.format(name), answer, (), track.turn_seconds, *_about(scene, track))
         text = _pick(rng, ("Which way does the {} move at first?", "In which direction does the {} start to move?"))
     else:
         track = scene.tracks[scene.roles["mover"]]
@@ -228,6 +253,5 @@ def _motion(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> 
             ),
         )
     assert track.direction is not None
-    return Question(TASKS[5], text.format(name), f"{track.direction[0].upper()}{track.direction[1:]}.")
-
-
+    answer = f"{track.direction[0].upper()}{track.direction[1:]}."
+    return Question(TASKS[5], text.format(name), answer, (), None, *_about(scene, track))

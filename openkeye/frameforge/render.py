@@ -17,7 +17,7 @@ from openkeye.frameforge.atlas import CELL_ASPECT, atlas_masks
 from openkeye.frameforge.catalogue import CAPTION_HALF_HEIGHT, COLOURS, HALF_SIZES
 from openkeye.frameforge.scene import BACKGROUNDS, Background, Scene
 
-COLUMNS = ("frame", "layer", "x", "y", "half_height", "sprite", "colour", "texture", "is_caption")
+COLUMNS = ("frame", "layer", "x", "y", "half_height", "sprite", "colour", "texture", "is_caption", "track")
 NOISE_CELLS = 28
 PHOTOGRAPH_SIDE = 192
 OUTLINE = 18.0
@@ -29,7 +29,7 @@ class RenderJob:
     """What to draw, as plain arrays: cheap to send between processes."""
 
     instances: np.ndarray
-    # [n, 9] float32, one row per (frame, visible sprite), columns as COLUMNS, in drawing order
+    # [n, 10] float32, one row per (frame, visible sprite), columns as COLUMNS, in drawing order
     part_sizes: tuple[int, ...]
     # rows that are drawn at once; no part names a frame twice, so writes of one part never meet
     backgrounds: np.ndarray
@@ -39,23 +39,21 @@ class RenderJob:
     num_frames: tuple[int, ...]
     # of each clip
 
-    def cell_labels(self, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Colour + 1 and sprite + 1 of the uppermost sprite centred in each cell, 0 for none: two [F * cells * cells]."""
-        size = sum(self.num_frames) * num_cells * num_cells
-        colours, sprites = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    def cell_labels(self, num_cells: int) -> np.ndarray:
+        """Colour + 1, sprite + 1 and track + 1 of the uppermost sprite centred in each cell, 0 for none: [3, F * cells^2] int16."""
+        labels = np.zeros((3, sum(self.num_frames) * num_cells * num_cells), np.int16)
         rows = self.instances
         column = np.clip((rows[:, 2] * num_cells).astype(np.int64), 0, num_cells - 1)
         line = np.clip((rows[:, 3] * num_cells).astype(np.int64), 0, num_cells - 1)
         cell = (rows[:, 0].astype(np.int64) * num_cells + line) * num_cells + column
-        colours[cell] = rows[:, 6].astype(np.int64) + 1
-        sprites[cell] = rows[:, 5].astype(np.int64) + 1
-        return colours, sprites
+        labels[:, cell] = rows[:, (6, 5, 9)].T.astype(np.int16) + 1
+        return labels
 
 
 def scene_job(scene: Scene, frame_times: np.ndarray) -> RenderJob:
     """The drawing of one scene at the given times (seconds)."""
     rows = []
-    for track in scene.tracks:
+    for number, track in enumerate(scene.tracks):
         visible = np.zeros(len(frame_times), bool)
         for first, last in track.intervals:
             visible |= (frame_times >= first) & (frame_times < last)
@@ -65,7 +63,7 @@ def scene_job(scene: Scene, frame_times: np.ndarray) -> RenderJob:
         table[:, 0], table[:, 1] = frames, track.layer
         table[:, 2] = np.interp(frame_times[frames], path[:, 0], path[:, 1])
         table[:, 3] = np.interp(frame_times[frames], path[:, 0], path[:, 2])
-        table[:, 4:] = (track.half_height, track.sprite, track.colour, track.texture, track.is_caption)
+        table[:, 4:] = (track.half_height, track.sprite, track.colour, track.texture, track.is_caption, number)
         rows.append(table)
     background = scene.background
     noise = np.random.default_rng(background.seed).uniform(-1, 1, (1, NOISE_CELLS, NOISE_CELLS)).astype(np.float32)
@@ -209,7 +207,7 @@ def _backgrounds(job: RenderJob, side: int, device: torch.device | str) -> Tenso
     line = torch.linspace(-1, 1, side, device=device)
     ramp = (line[None, None, :] * angle.cos()[:, None, None] + line[None, :, None] * angle.sin()[:, None, None]) * 0.35 + 0.5
     colour = first[:, None, None] + (second - first)[:, None, None] * ramp[..., None]
-    noise = F.interpolate(torch.from_numpy(job.noise)[:, None].to(device), size=(side, side), mode="bilinear")[:, 0]
+    noise = F.interpolate(upload(torch.from_numpy(job.noise)[:, None], device), size=(side, side), mode="bilinear")[:, 0]
     is_noisy, is_photo = (kind == BACKGROUNDS.index(name) for name in ("noisy", "photographic"))
     colour = colour + noise[..., None] * 38.0 * is_noisy[:, None, None, None]
     photo = _photographs(table, side, device)

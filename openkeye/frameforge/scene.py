@@ -111,7 +111,9 @@ class SceneSettings:
     max_objects: int = 6
 
 
-def make_scene(rng: np.random.Generator, start_seconds: float, end_seconds: float, settings: SceneSettings = SceneSettings()) -> Scene:
+def make_scene(
+    rng: np.random.Generator, start_seconds: float, end_seconds: float, settings: SceneSettings = SceneSettings()
+) -> Scene:
     """Draw one scene. The count to be asked for is drawn first, so that every answer is equally likely.
 
     Scenes are drawn again (a few times at most) until one pair of objects clearly meets and one clearly does not, so that

@@ -71,8 +71,8 @@ def _damage(frames: Tensor, strength: float, gain: float, is_blurred: bool) -> T
     chroma = F.interpolate(F.avg_pool2d(chroma, 2), scale_factor=2.0, mode="nearest")
     planes = torch.cat([luma[:, None], chroma], dim=1)
     side = frames.shape[1]
-    basis = torch.block_diag(*[_dct()] * (side // 8)).to(frames.device, dtype)
-    frequency = (torch.arange(side) % 8).to(frames.device, dtype)
+    basis = _block_cosines(side, frames.device, dtype)
+    frequency = (torch.arange(side, device=frames.device) % 8).to(dtype)
     step = 3.0 + 2.75 * strength * (2.4 + frequency[:, None] + frequency)
     spectrum = (basis @ planes @ basis.t() / step).round() * step
     luma, blue_difference, red_difference = (basis.t() @ spectrum @ basis).unbind(1)
@@ -81,10 +81,10 @@ def _damage(frames: Tensor, strength: float, gain: float, is_blurred: bool) -> T
     return torch.stack([red, green, blue], dim=-1).clamp(0, 255).round().to(torch.uint8)
 
 
-@lru_cache(maxsize=1)
-def _dct() -> Tensor:
-    """The orthonormal 8-point cosine basis, rows by frequency."""
+@lru_cache(maxsize=4)
+def _block_cosines(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[side, side]: the orthonormal 8-point cosine transform of every block of 8 pixels, rows by frequency."""
     n = torch.arange(8, dtype=torch.float64)
     basis = torch.cos(torch.pi * (n[None] + 0.5) * n[:, None] / 8) * 0.5
     basis[0] *= 2**-0.5
-    return basis
+    return torch.block_diag(*[basis] * (side // 8)).to(device, dtype)

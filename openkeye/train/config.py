@@ -24,6 +24,9 @@ class StageConfig:
     cell_weight_start: float = 0.0
     cell_weight_end: float = 0.0
     # the auxiliary loss that names colour and sprite of every cell
+    hint_weight_start: float = 0.0
+    hint_weight_end: float = 0.0
+    # attention hints (`data/hints.py`)
     num_indexer_rows: int = 0
     # rows of each clip on which the indexer's KL is taken; 0 leaves the indexer alone
     answer_weight: float = 1.0

@@ -19,6 +19,7 @@ from openkeye.model.keye import KeyeModel
 from openkeye.train.checkpoint import load_state, prefixed, save_state, under
 from openkeye.train.config import StageConfig, TrainConfig
 from openkeye.train.groups import parameter_groups
+from openkeye.train.hint_loss import AttentionHints
 from openkeye.train.loss import answer_loss, balance_loss
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.slot_past import SlotPast
@@ -140,6 +141,7 @@ class Trainer:
             num_loss_rows=stage.num_indexer_rows,
             wants_figures=step_in_stage % 10 == 0,
             generator=self.generator,
+            hints=AttentionHints(batch) if stage.hint_weight_start > 0 else None,
         )
         is_indexer_only = stage.trains == "indexer"
         self._set_trainable(is_indexer_only)
@@ -157,11 +159,17 @@ class Trainer:
                 batch.task_ids_BN.flatten(),
                 self.task_weights,
             )
-            balance = balance_loss([layer.mlp.router_logits for layer in self.model.model.layers], self.model.config.num_experts_per_tok)
+            balance = balance_loss(
+                [layer.mlp.router_logits for layer in self.model.model.layers], self.model.config.num_experts_per_tok
+            )
             losses += [stage.answer_weight * answers.loss, self.config.balance_weight * balance]
             self._gather(answer_loss=answers.loss, balance=balance)
             for number, task in enumerate(self.tasks):
                 self._gather_ratio(f"exact/{task}", answers.num_exact_by_task[number], answers.num_slots_by_task[number])
+        if past.hint_losses:
+            weight = stage.hint_weight_start + (stage.hint_weight_end - stage.hint_weight_start) * progress
+            losses.append(weight * torch.stack(past.hint_losses).mean())
+            self._gather(**{f"hint_{hop}": loss for hop, loss in enumerate(past.hint_losses)})
         cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
         if cell_weight > 0:
             cell = self.cell_head.loss(features, batch.cell_colours, batch.cell_sprites)

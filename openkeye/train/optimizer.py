@@ -51,15 +51,16 @@ class Optimizer:
         With `only`, the other groups stay as they are, momenta included.
         """
         self.num_steps += 1
-        gradients = [
-            p.grad.float() if p.grad is not None else torch.zeros_like(m)
-            for p, m in zip(self.parameters, self.master, strict=True)
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)))
         is_finite = torch.isfinite(norm)
         self.num_skipped += (~is_finite).float()
         factor = torch.where(is_finite, (self.clip / (norm + 1e-6)).clamp(max=1.0), norm.new_zeros(()))
-        gradients = [torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * factor for gradient in gradients]
+        gradients = [torch.where(is_finite, gradient, 0.0) for gradient in gradients]
+        wide = [torch.empty_like(m) for m in self.master]
+        torch._foreach_copy_(wide, gradients)
+        torch._foreach_mul_(wide, factor)
+        gradients = wide
         start = 0
         for group in self.groups:
             entries = range(start, start + len(group.parameters))
@@ -75,18 +76,22 @@ class Optimizer:
         return norm
 
     def _muon(self, entries: range, gradients: list[Tensor], rate: float, weight_decay: float) -> None:
+        span = slice(entries.start, entries.stop)
+        master, first = self.master[span], self.first[span]
+        narrow = [torch.empty_like(momentum) for momentum in first]
+        torch._foreach_copy_(narrow, gradients[span])
+        torch._foreach_lerp_(first, narrow, 0.05)
+        # Nesterov: look one momentum step ahead.
+        torch._foreach_lerp_(narrow, first, 0.95)
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for entry in entries:
-            by_shape[tuple(self.master[entry].shape)].append(entry)
+        for number, momentum in enumerate(first):
+            by_shape[tuple(momentum.shape)].append(number)
+        torch._foreach_mul_(master, 1 - rate * weight_decay)
         for shape, members in by_shape.items():
-            for entry in members:
-                self.first[entry].mul_(0.95).add_(gradients[entry].bfloat16(), alpha=0.05)
-            # Nesterov: look one momentum step ahead.
-            ahead = torch.stack([gradients[e].bfloat16().lerp(self.first[e], 0.95) for e in members])
-            direction = orthogonalise(ahead.reshape(-1, *shape[-2:])).reshape(ahead.shape)
+            ahead = torch.stack([narrow[number] for number in members])
+            direction = orthogonalise(ahead.reshape(-1, *shape[-2:])).reshape(ahead.shape).float()
             scale = 0.2 * max(shape[-2:]) ** 0.5
-            for entry, one in zip(members, direction, strict=True):
-                self.master[entry].mul_(1 - rate * weight_decay).add_(one.float(), alpha=-rate * scale)
+            torch._foreach_add_([master[number] for number in members], list(direction.unbind()), alpha=-rate * scale)
 
     def _adamw(self, entries: range, gradients: list[Tensor], rate: float, weight_decay: float) -> None:
         if not entries:

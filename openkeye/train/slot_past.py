@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openkeye.data.slot_batch import SlotLayout
 from openkeye.model.past import IndexerOutput
+from openkeye.train.hint_loss import AttentionHints
 from openkeye.train.indexer_loss import IndexerLoss, index_scores, indexer_loss
 
 
@@ -31,6 +32,8 @@ class SlotPast:
     # recall and mass of the indexer's choice beside its loss
     generator: torch.Generator | None = None
     losses: list[IndexerLoss] = field(default_factory=list)
+    hints: AttentionHints | None = None
+    hint_losses: list[Tensor] = field(default_factory=list)
 
     @property
     def needs_index(self) -> bool:
@@ -50,6 +53,8 @@ class SlotPast:
         query_BHLD = query_THD.unflatten(0, shape).transpose(1, 2)
         key_BHLD = key_TGD.unflatten(0, shape).transpose(1, 2).repeat_interleave(group, dim=1)
         value_BHLD = value_TGD.unflatten(0, shape).transpose(1, 2).repeat_interleave(group, dim=1)
+        if self.hints is not None:
+            self.hint_losses += self.hints.losses(layer_index, query_BHLD, key_BHLD)
         if index is not None:
             index = IndexerOutput(
                 index.query_TJI.unflatten(0, shape), index.gates_TJ.unflatten(0, shape), index.key_TI.unflatten(0, shape)

@@ -26,27 +26,42 @@ def test_prefix_and_slot_equal_the_encoded_chat(text):
     for slot, question in enumerate(clip.questions):
         message = {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]}
         prompt = encode([message], text.processor).model_input
-        layout = batch.layout
+        layout, arrays = batch.layout, batch.arrays
         start = layout.num_prefix + slot * layout.slot_length
         num_slot = prompt.num_tokens - layout.num_prefix
-        packed = torch.cat([batch.input_ids_BL[0, : layout.num_prefix], batch.input_ids_BL[0, start : start + num_slot]])
-        assert packed.tolist() == prompt.input_ids.tolist()
+        packed = [*arrays["input_ids_BL"][0, : layout.num_prefix], *arrays["input_ids_BL"][0, start : start + num_slot]]
+        assert packed == prompt.input_ids.tolist()
         places = torch.cat([torch.arange(layout.num_prefix), torch.arange(start, start + num_slot)])
-        assert torch.equal(batch.position_ids_3L[:, places], prompt.position_ids)
+        assert np.array_equal(arrays["position_ids_3L"][:, places], prompt.position_ids)
 
 
 def test_labels_spell_the_answers(text):
-    batch = make_host_batch(CONFIG, text, 0)
+    arrays = make_host_batch(CONFIG, text, 0).arrays
     clip = make_training_clip(3, 1, 16)
     for slot, question in enumerate(clip.questions):
-        ids = batch.label_ids[batch.label_slots == 8 + slot].tolist()
+        ids = arrays["label_ids"][arrays["label_slots"] == 8 + slot].tolist()
         assert text.processor.decode(ids, skip_special_tokens=False) == question.answer + "<|im_end|>"
-        places = batch.label_positions[batch.label_slots == 8 + slot]
-        assert torch.equal(batch.input_ids_BL.flatten()[places + 1], torch.tensor(ids))
+        places = arrays["label_positions"][arrays["label_slots"] == 8 + slot]
+        assert arrays["input_ids_BL"].ravel()[places + 1].tolist() == ids
 
 
 def test_a_batch_is_a_function_of_its_step(text):
     first, again, other = (make_host_batch(CONFIG, text, step) for step in (5, 5, 6))
-    assert torch.equal(first.input_ids_BL, again.input_ids_BL) and not torch.equal(first.input_ids_BL, other.input_ids_BL)
+    ids = [batch.arrays["input_ids_BL"] for batch in (first, again, other)]
+    assert np.array_equal(ids[0], ids[1]) and not np.array_equal(ids[0], ids[2])
     drawn, drawn_again = to_device(first, "cpu"), to_device(again, "cpu")
     assert torch.equal(drawn.patches.pixels, drawn_again.patches.pixels)
+
+
+def test_hints_point_at_the_asked_thing_and_at_the_figures_to_be_said(text):
+    batch = to_device(make_host_batch(CONFIG, text, 0), "cpu")
+    ids, num_checked = batch.input_ids_BL, 0
+    for clip in range(batch.num_clips):
+        for row, track, frame, key in batch.hints[2, clip].tolist():
+            if row < 0:
+                continue
+            assert ids[clip, key] == ids[clip, row + 1], "the hinted key holds the figure that the row must say next"
+            shown = batch.token_tracks_BL[clip] == track
+            assert (shown & (batch.token_frames_L == frame)).any() or frame >= 0
+            num_checked += 1
+    assert num_checked > 10
