@@ -94,6 +94,13 @@ def _pick_leftmost(scores_TS: Tensor, k: int) -> Tensor:
     return torch.where(order < num_columns, order, -1).int()
 
 
+def index_scores(query_TJI: Tensor, gates_TJ: Tensor, key_SI: Tensor) -> Tensor:
+    """I[t, s] = sum_j gate_j relu(q_j . k_s) of every pair, [T, S] (report, DSA equations); T * J * S numbers on the way."""
+    num_queries, num_heads, _ = query_TJI.shape
+    products = (widen(query_TJI).flatten(0, 1) @ widen(key_SI).t()).relu().unflatten(0, (num_queries, num_heads))
+    return (widen(gates_TJ)[:, None] @ products)[:, 0]
+
+
 def indexer_select(
     query_TJI: Tensor,
     gates_TJ: Tensor,
@@ -123,14 +130,12 @@ def indexer_select(
     is_short = num_valid <= k
     indices = torch.where(is_short[:, None] & (everything < num_valid[:, None]), everything, indices)
     rows = (~is_short).nonzero().flatten()
-    key_IS = widen(key_SI).t().contiguous()
     # A score and its copies: one product per head, the sum, the masked sum and its column number.
-    slab = _slab_rows(num_keys * key_IS.element_size() * (num_heads + 3), max_scratch_bytes, device)
+    slab = _slab_rows(num_keys * key_SI.element_size() * (num_heads + 3), max_scratch_bytes, device)
     for start in range(0, rows.shape[0], slab):
         part = rows[start : start + slab]
         last = int(num_valid[part].max())
-        products = (widen(query_TJI[part]).flatten(0, 1) @ key_IS[:, :last]).relu_().unflatten(0, (-1, num_heads))
-        scores = (widen(gates_TJ[part])[:, None] @ products)[:, 0]
+        scores = index_scores(query_TJI[part], gates_TJ[part], key_SI[:last])
         indices[part] = top_k_positions(scores, k, num_valid[part])
     return indices
 

@@ -1,11 +1,27 @@
 """`config.json` of the published layout as typed records; keys that we do not use are kept and written back."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openkeye.common.checks import InputError
+
+REQUIRED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
+)  # fmt: skip
+OPTIONAL = (
+    "max_position_embeddings", "rms_norm_eps", "norm_topk_prob", "tie_word_embeddings", "image_token_id", "video_token_id",
+    "dtype",
+)  # fmt: skip
+
+
+def _check_counts(record: object, where: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{where}: {name} is {value!r}, expected a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,16 @@ class VisionConfig:
     hidden_act: str = "gelu_pytorch_tanh"
 
     def __post_init__(self) -> None:
+        _check_counts(
+            self,
+            "vision_config",
+            (
+                "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
+                "num_channels", "spatial_merge_size",
+            ),
+        )  # fmt: skip
+        if self.image_size < self.patch_size:
+            raise InputError(f"vision_config: image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 4:
             raise InputError(
                 f"vision_config: hidden_size {self.hidden_size} over {self.num_attention_heads} heads must give a head width "
@@ -52,10 +78,9 @@ class IndexerConfig:
     top_k: int = 2048
 
     def __post_init__(self) -> None:
+        _check_counts(self, "sa_config", ("num_heads", "head_dim", "top_k"))
         if self.head_dim & (self.head_dim - 1) or self.head_dim < 2:
             raise InputError(f"sa_config: indexer_head_dim {self.head_dim} must be a power of two (its Hadamard transform)")
-        if self.num_heads < 1 or self.top_k < 1:
-            raise InputError(f"sa_config: indexer_num_heads {self.num_heads} and topk {self.top_k} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,7 @@ class KeyeConfig:
     # the file as read, so that saving writes back what we do not use
 
     def __post_init__(self) -> None:
+        _check_counts(self, "config.json", REQUIRED)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"config.json: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
@@ -100,17 +126,17 @@ class KeyeConfig:
             raise InputError(
                 f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
-
-    @property
-    def index_mrope_section(self) -> tuple[int, ...]:
-        """The main sections scaled to the indexer's width (spec: indexer rotary over all its dimensions)."""
-        scaled = [section * self.indexer.head_dim / self.head_dim for section in self.mrope_section]
-        if any(section != int(section) for section in scaled):
+        scale = self.indexer.head_dim / self.head_dim
+        if any(section * scale % 1 for section in self.mrope_section):
             raise InputError(
                 f"sa_config: indexer_head_dim {self.indexer.head_dim} does not scale mrope_section {list(self.mrope_section)} "
                 "to whole numbers"
             )
-        return tuple(int(section) for section in scaled)
+
+    @property
+    def index_mrope_section(self) -> tuple[int, ...]:
+        """The main sections scaled to the indexer's width (spec: indexer rotary over all its dimensions)."""
+        return tuple(section * self.indexer.head_dim // self.head_dim for section in self.mrope_section)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "KeyeConfig":
@@ -119,11 +145,7 @@ class KeyeConfig:
         Raises:
             InputError: a key is missing or a value is not supported; the message lists all missing keys.
         """
-        required = [
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "num_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
-        ]  # fmt: skip
-        missing = [key for key in required if key not in raw]
+        missing = [key for key in REQUIRED if key not in raw]
         theta: Any = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
         if theta is None:
             missing.append("rope_theta (or rope_parameters.rope_theta)")
@@ -132,6 +154,8 @@ class KeyeConfig:
             missing.append("rope_scaling.mrope_section")
         if missing:
             raise InputError(f"config.json lacks {', '.join(missing)}: give the configuration of a Keye-VL-2.0 model")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise InputError(f"config.json: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
         if raw.get("attention_bias"):
             raise InputError("config.json: attention_bias is true; this architecture has no attention biases")
         if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
@@ -141,16 +165,9 @@ class KeyeConfig:
         sparse = raw.get("sa_config") or {}
         vision = raw.get("vision_config")
         eos = raw.get("eos_token_id", 151645)
-        optional = {
-            key: raw[key]
-            for key in (
-                "max_position_embeddings", "rms_norm_eps", "norm_topk_prob", "tie_word_embeddings",
-                "image_token_id", "video_token_id", "dtype",
-            )
-            if key in raw
-        }  # fmt: skip
+        optional = {key: raw[key] for key in OPTIONAL if key in raw}
         return cls(
-            **{key: raw[key] for key in required},
+            **{key: raw[key] for key in REQUIRED},
             rope_theta=float(theta),
             mrope_section=tuple(scaling["mrope_section"]),
             indexer=IndexerConfig(
@@ -176,11 +193,29 @@ class KeyeConfig:
             raw = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not valid JSON ({error}): restore the file from its source") from None
+        if not isinstance(raw, dict):
+            raise InputError(f"{path} holds no JSON object: restore the file from its source")
         return cls.from_dict(raw)
 
     def to_dict(self) -> dict[str, Any]:
-        """The file as it was read."""
-        return dict(self.raw)
+        """The file as it was read, with those fields written over it that were changed since."""
+        if self.raw and KeyeConfig.from_dict(self.raw) == self:
+            return dict(self.raw)
+        fields = {key: getattr(self, key) for key in (*REQUIRED, *OPTIONAL, "rope_theta", "eos_token_id")}
+        scaling = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {"rope_type": "default"}
+        indexer = {
+            "indexer_num_heads": self.indexer.num_heads, "indexer_head_dim": self.indexer.head_dim, "topk": self.indexer.top_k,
+        }  # fmt: skip
+        written = {
+            **self.raw,
+            **fields,
+            "rope_scaling": {**scaling, "mrope_section": list(self.mrope_section)},
+            "sa_config": {**(self.raw.get("sa_config") or {}), **indexer},
+        }
+        written.pop("vision_config", None)
+        if self.vision is not None:
+            written["vision_config"] = {**(self.raw.get("vision_config") or {}), **asdict(self.vision)}
+        return written
 
 
 def _vision_from_dict(raw: dict[str, Any]) -> VisionConfig:

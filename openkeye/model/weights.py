@@ -206,6 +206,8 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
         names_of: dict[str, set[str]] = defaultdict(set)
         for name, file_name in weight_map.items():
             names_of[file_name].add(name)
+        if not names_of:
+            raise ValueError("it names no tensor")
         paths = {file_name: folder / file_name for file_name in sorted(names_of)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index_path}: not a weight index ({error!r}); copy it from its source again") from None

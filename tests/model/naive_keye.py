@@ -1,4 +1,4 @@
-"""The whole network once more, as short and slow as can be: eager, with masks of tokens x tokens, sharing no code with openkeye.
+"""The whole network once more, short and slow: eager, with masks of tokens x tokens, sharing no code with openkeye.
 
 Made from the published description. `record_case` writes random weights and what this code computes with them in the format
 that `openkeye check` reads.

@@ -1,0 +1,74 @@
+"""`openkeye info`: the published count to the last parameter, and any folder's."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from openkeye.apps import info
+from openkeye.common.checks import InputError
+from tests.model.naive_keye import make_config, make_weights, write_checkpoint
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "image_and_video"
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    parser = argparse.ArgumentParser()
+    info.add_arguments(parser)
+    assert info.run(parser.parse_args([str(word) for word in words])) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["keye-vl-2.0-30b-a3b", "Kwai-Keye/Keye-VL-2.0-30B-A3B"])
+def test_the_published_model_has_31122082160_parameters_in_1215_tensors(capsys, name):
+    told = json.loads(shown(capsys, name, "--json"))
+    assert (told["total_parameters"], told["num_tensors"]) == (31_122_082_160, 1215)
+    assert told["weight_bytes"] == 62_244_164_320
+    assert (told["kv_bytes_per_token"], told["index_bytes_per_token"]) == (98_304, 3_264)
+    # decoder 3,461,569,536: one expert in sixteen of 28,991,029,248, all the rest of it, and no pixels
+    assert told["active_parameters"] == 3_461_569_536
+    parts = {part["name"]: part for part in told["parts"]}
+    assert sum(part["parameters"] for part in parts.values()) == told["total_parameters"]
+    assert parts["indexer"]["parameters"] == 108_536_832
+    assert parts["projector"]["parameters"] == 30_686_720
+    packing = parts["packing table (unused)"]
+    assert (packing["parameters"], packing["num_tensors"], packing["active_parameters"]) == (32768 * 1152, 1, 0)
+    assert parts["vision tower"]["parameters"] + packing["parameters"] == 450_735_984
+    assert told["cache_bytes"]["256K"] == {"tokens": 262_144, "kv_bytes": 262_144 * 98_304, "index_bytes": 262_144 * 3_264}
+    assert [cache["tokens"] for cache in told["cache_bytes"].values()] == [32_768, 131_072, 262_144]
+
+
+def test_the_table_says_the_same(capsys):
+    table = shown(capsys, "keye-vl-2.0-30b-a3b")
+    total = next(line for line in table.splitlines() if "total" in line)
+    assert "1,215" in total and "31,122,082,160" in total and "3,461,569,536" in total
+    assert "packing table (unused)" in table
+    for number in ("62,244,164,320", "3,221,225,472", "12,884,901,888", "25,769,803,776", "855,638,016", "98,304", "3,264"):
+        assert number in table, number
+
+
+def test_a_folder_is_counted_with_what_its_file_holds(capsys, tmp_path):
+    told = json.loads(shown(capsys, GOLDEN, "--json"))
+    tensors = load_file(GOLDEN / "model.safetensors")
+    assert told["num_tensors"] == len(tensors)
+    assert told["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    config = make_config(vision_config=None, tie_word_embeddings=True)
+    weights = make_weights(config)
+    told = json.loads(shown(capsys, write_checkpoint(tmp_path / "text", config, weights), "--json"))
+    assert told["num_tensors"] == len(weights)
+    assert told["total_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    (tmp_path / "text/model.safetensors").unlink()
+    assert json.loads(shown(capsys, tmp_path / "text", "--json"))["num_tensors"] == len(weights), "no weights are needed"
+
+
+def test_the_bundled_model_is_known_by_name(capsys):
+    assert json.loads(shown(capsys, "openkeye-tiny", "--json"))["total_parameters"] < 8_388_608
+
+
+def test_an_unknown_name_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"keye-vl-9: no such published model; known are keye-vl-2\.0-30b-a3b"):
+        info.run(argparse.Namespace(model="keye-vl-9", json=False))
+    with pytest.raises(InputError, match=r"config\.json"):
+        info.run(argparse.Namespace(model=str(tmp_path), json=False))
