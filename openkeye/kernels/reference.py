@@ -150,25 +150,28 @@ def sparse_attention(
 ) -> Tensor:
     """softmax(q . k * scale) v over the keys named by each row of indices_TK (-1: none), [T, H, D].
 
-    Gathers K keys a query, in slabs of queries.
+    Gathers K keys a query, one KV head after the other, in slabs of queries.
     """
     num_queries, num_heads, width = query_THD.shape
     num_groups = key_SGD.shape[1]
-    # Gathered keys and values, once as they come and once widened and laid out for the product.
-    row_bytes = 4 * indices_TK.shape[1] * num_groups * width * torch.promote_types(key_SGD.dtype, torch.float32).itemsize
+    query_TGRD = widen(query_THD).unflatten(1, (num_groups, num_heads // num_groups)) * scale
+    # Gathered keys and values of all groups, as they come and widened.
+    row_bytes = 4 * indices_TK.shape[1] * num_groups * width * query_TGRD.element_size()
     slab = _slab_rows(row_bytes, max_scratch_bytes, key_SGD.device)
     outputs = []
     for start in range(0, num_queries, slab):
         indices = indices_TK[start : start + slab]
-        is_pad = indices < 0
-        safe = indices.clamp_min(0).long()
-        keys_TGKD = widen(key_SGD[safe].transpose(1, 2))
-        values_TGKD = widen(value_SGD[safe].transpose(1, 2))
-        query_TGRD = widen(query_THD[start : start + slab]).unflatten(1, (num_groups, num_heads // num_groups))
-        scores = (query_TGRD @ keys_TGKD.transpose(2, 3)) * scale
-        scores = scores.masked_fill(is_pad[:, None, None], -torch.inf)
-        outputs.append((scores.softmax(dim=-1) @ values_TGKD).flatten(1, 2))
-    return torch.cat(outputs).to(query_THD.dtype)
+        is_pad = (indices < 0)[:, None]
+        safe = indices.clamp_min(0).flatten()
+        for group in range(num_groups):
+            # One group at a time lies ready for the product: [slab, K, D] without a copy.
+            keys, values = (
+                widen(tensor[:, group].index_select(0, safe)).unflatten(0, indices.shape) for tensor in (key_SGD, value_SGD)
+            )
+            scores = query_TGRD[start : start + slab, group] @ keys.transpose(1, 2)
+            outputs.append(scores.masked_fill(is_pad, -torch.inf).softmax(dim=-1) @ values)
+    parts = [torch.stack(outputs[first : first + num_groups], dim=1) for first in range(0, len(outputs), num_groups)]
+    return torch.cat(parts).flatten(1, 2).to(query_THD.dtype)
 
 
 def dense_attention(
