@@ -71,22 +71,26 @@ def test_sparse_attention_over_everything_equals_dense(dtype):
     torch.testing.assert_close(slabs, dense, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-def test_gradients_of_sparse_attention_over_everything_equal_dense_ones():
+def test_gradients_of_sparse_attention_over_everything_equal_dense_ones(monkeypatch):
     inputs = [draw(19, 6, 8), draw(19, 2, 8, seed=1), draw(19, 2, 8, seed=2)]
     for tensor in inputs:
         tensor.requires_grad_()
     column = torch.arange(19)
     everything = torch.where(column <= column[:, None], column, -1).int()
     dense = torch.autograd.grad(reference.dense_attention(*inputs, column, 0.3).pow(2).sum(), inputs)
-    for scratch in (1, None):
+    for scratch, ratio in ((1, 0), (None, 0), (1, 4), (None, 4)):
+        monkeypatch.setattr(reference, "DENSE_BELOW_RATIO", ratio)
         sparse = torch.autograd.grad(reference.sparse_attention(*inputs, everything, 0.3, scratch).pow(2).sum(), inputs)
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
 
 
-def test_sparse_attention_sees_the_named_keys_alone():
-    query, key, value = draw(5, 4, 8), draw(30, 2, 8, seed=1), draw(30, 2, 8, seed=2)
-    indices = torch.tensor([[3, 4, 29], [0, -1, -1], [7, 8, -1], [1, 2, 3], [5, 11, 12]], dtype=torch.int32)
-    output = reference.sparse_attention(query, key, value, indices, 0.5)
+# 9 keys for 3 picks are scored and masked, 30 are gathered
+@pytest.mark.parametrize("num_keys", [9, 30])
+@pytest.mark.parametrize("scratch", [1, None])
+def test_sparse_attention_sees_the_named_keys_alone(num_keys, scratch):
+    query, key, value = draw(5, 4, 8), draw(num_keys, 2, 8, seed=1), draw(num_keys, 2, 8, seed=2)
+    indices = torch.tensor([[3, 4, num_keys - 1], [0, -1, -1], [7, 8, -1], [1, 2, 3], [5, 6, 8]], dtype=torch.int32)
+    output = reference.sparse_attention(query, key, value, indices, 0.5, scratch)
     for row, named in enumerate(indices.tolist()):
         some = [position for position in named if position >= 0]
         for head in range(4):
