@@ -26,7 +26,9 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, every option with its help text."""
-    parser = argparse.ArgumentParser(prog="openkeye", description="Ask questions about videos with the Keye-VL-2.0 architecture.")
+    parser = argparse.ArgumentParser(
+        prog="openkeye", description="Ask questions about videos with the Keye-VL-2.0 architecture."
+    )
     parser.add_argument("--version", action="version", version=f"openkeye {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module_name in COMMANDS.items():

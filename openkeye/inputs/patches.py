@@ -32,8 +32,8 @@ class Patches:
     def slice_pictures(self, start: int, end: int) -> "Patches":
         """The patches of pictures start..end-1 alone."""
         sizes = self.grid_thw.prod(dim=1)
-        edges = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        return Patches(self.pixels[int(edges[start]) : int(edges[end])], self.grid_thw[start:end])
+        first, size = int(sizes[:start].sum()), int(sizes[start:end].sum())
+        return Patches(self.pixels[first : first + size], self.grid_thw[start:end])
 
 
 def patches_from_pixels(pixels_NHWC: Tensor | np.ndarray, patch_size: int = 14) -> Patches:

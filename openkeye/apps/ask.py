@@ -1,0 +1,52 @@
+"""`openkeye ask VIDEO QUESTION`: one question, answered as it is generated."""
+
+import argparse
+import json
+
+from openkeye.apps.model_options import add_model_options, add_sampling_options, add_video_options, engine_from, sampling_from
+
+SUMMARY = "answer a question about a video, with times"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", help="a video file")
+    parser.add_argument("question", help='for example "When does the red circle appear?"')
+    add_model_options(parser)
+    add_video_options(parser)
+    add_sampling_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, intervals, token counts, times")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Stream the answer to standard output; notes and progress go to standard error."""
+    import sys
+
+    from openkeye.apps.stage_progress import StageProgress
+
+    sampling = sampling_from(arguments)
+    engine = engine_from(arguments)
+
+    def stream(piece: str) -> None:
+        progress.stop()
+        print(piece, end="", flush=True)
+
+    with StageProgress(is_shown=not arguments.json) as progress:
+        answer = engine.ask(
+            arguments.video,
+            arguments.question,
+            fps=arguments.fps,
+            start_seconds=arguments.start,
+            end_seconds=arguments.end,
+            sampling=sampling,
+            on_text=None if arguments.json else stream,
+            on_progress=progress,
+        )
+    if arguments.json:
+        print(json.dumps(answer.to_dict()))
+        return 0
+    print()
+    for note in answer.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if answer.finish_reason == "length":
+        print(f"note: the answer was cut at {answer.num_generated_tokens} tokens; give --max-tokens", file=sys.stderr)
+    return 0

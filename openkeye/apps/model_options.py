@@ -1,0 +1,59 @@
+"""Options that the answering commands share, and the engine they describe."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from openkeye.common.checks import InputError
+
+if TYPE_CHECKING:
+    from openkeye.engine.config import SamplingParameters
+    from openkeye.engine.loop import Engine
+
+
+def add_model_options(parser: argparse.ArgumentParser, attention: tuple[str, ...] = ("sparse", "dense")) -> None:
+    """Which checkpoint, where, with which attention."""
+    parser.add_argument("--model", default="openkeye-tiny", metavar="DIR", help="openkeye-tiny or a checkpoint folder")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--attention", choices=attention, default="sparse", help="sparse as trained, or dense")
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Which part of the video, how densely."""
+    parser.add_argument("--fps", type=float, default=None, help="frames to look at per second (default: the checkpoint's, 2)")
+    parser.add_argument("--start", type=float, default=None, metavar="S", help="look from this second on")
+    parser.add_argument("--end", type=float, default=None, metavar="S", help="look until this second")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the answer's words are chosen."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest word")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest words that hold this much probability")
+    parser.add_argument("--top-k", type=int, default=0, help="keep this many words (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens")
+
+
+def sampling_from(arguments: argparse.Namespace) -> "SamplingParameters":
+    """The sampling options as a record; InputError where they make no sense."""
+    from openkeye.engine.config import SamplingParameters
+
+    try:
+        return SamplingParameters(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed, arguments.max_tokens)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> "Engine":
+    """The engine that the model options describe; InputError for a device that is not there."""
+    import torch
+
+    from openkeye.engine.loop import Engine
+
+    if arguments.device is not None:
+        try:
+            device = torch.device(arguments.device)
+        except RuntimeError:
+            raise InputError(f"device {arguments.device!r} is unknown; give cpu or cuda") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
+    return Engine(arguments.model, arguments.device, attention=attention or arguments.attention)

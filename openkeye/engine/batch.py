@@ -1,0 +1,107 @@
+"""`Batch`: the tokens of one model call, and `PagedPast`: the past they see in the pages.
+
+Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openkeye.engine.pages import PagedCaches
+from openkeye.engine.request import Request
+from openkeye.kernels.dispatch import dense_attention, indexer_select, sparse_attention
+from openkeye.model.past import IndexerOutput
+
+
+@dataclass(frozen=True)
+class Segment:
+    """New tokens of one request in a batch."""
+
+    request: Request
+    start: int
+    # index in the request's sequence of the first new token
+    count: int
+    slots_S: Tensor
+    # [start + count] int64: cache slot of every token up to and with the new ones
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments run together, token after token."""
+
+    segments: list[Segment]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.count for segment in self.segments)
+
+    @property
+    def is_decode(self) -> bool:
+        return all(segment.count == 1 for segment in self.segments)
+
+
+class PagedPast:
+    """The past of a batch: writes new keys to their pages, selects per query over its own sequence, attends."""
+
+    def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int) -> None:
+        self.batch = batch
+        self.caches = caches
+        self.attention = attention
+        self.top_k = top_k
+        self.new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
+
+    @property
+    def needs_index(self) -> bool:
+        # Index keys are written in dense mode too, so that a cached prefix serves either mode.
+        return True
+
+    def attend(
+        self,
+        layer_index: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        index: IndexerOutput | None,
+    ) -> Tensor:
+        """See `Past.attend`."""
+        assert index is not None
+        self.caches.write(layer_index, self.new_slots, key_TGD, value_TGD, index.key_TI)
+        if self.attention == "sparse" and self.batch.is_decode:
+            return self._decode(layer_index, query_THD, index)
+        outputs, first = [], 0
+        for segment in self.batch.segments:
+            rows = slice(first, first + segment.count)
+            outputs.append(self._attend_segment(layer_index, segment, rows, query_THD[rows], index))
+            first += segment.count
+        return torch.cat(outputs)
+
+    def _select(self, layer_index: int, segment: Segment, rows: slice, index: IndexerOutput) -> Tensor:
+        """[t, K] positions of the segment's sequence that its new tokens attend to."""
+        keys_SI = self.caches.index_keys[layer_index].index_select(0, segment.slots_S)
+        return indexer_select(index.query_TJI[rows], index.gates_TJ[rows], keys_SI, self.top_k, _positions(segment))
+
+    def _attend_segment(
+        self, layer_index: int, segment: Segment, rows: slice, query_THD: Tensor, index: IndexerOutput
+    ) -> Tensor:
+        keys = self.caches.keys[layer_index].index_select(0, segment.slots_S)
+        values = self.caches.values[layer_index].index_select(0, segment.slots_S)
+        scale = query_THD.shape[-1] ** -0.5
+        if self.attention == "dense":
+            return dense_attention(query_THD, keys, values, _positions(segment), scale)
+        indices = self._select(layer_index, segment, rows, index)
+        return sparse_attention(query_THD, keys, values, indices, scale)
+
+    def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
+        """One token a request: picked keys are read straight from the pages, the rest of the context never moves."""
+        picked = []
+        for number, segment in enumerate(self.batch.segments):
+            indices = self._select(layer_index, segment, slice(number, number + 1), index)
+            slots = segment.slots_S[indices.clamp_min(0).long()]
+            picked.append(torch.where(indices < 0, -1, slots))
+        keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
+        return sparse_attention(query_THD, keys, values, torch.cat(picked), query_THD.shape[-1] ** -0.5)
+
+
+def _positions(segment: Segment) -> Tensor:
+    return torch.arange(segment.start, segment.start + segment.count, device=segment.slots_S.device)

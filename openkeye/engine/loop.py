@@ -1,0 +1,264 @@
+"""The engine: add requests, step, collect answers. Open this file first.
+
+from openkeye import Engine
+Engine("openkeye-tiny").ask("clip.mp4", "When does the red circle appear?")
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openkeye.common.checks import InputError
+from openkeye.engine.answer import Answer
+from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.request import Request
+from openkeye.engine.runner import Runner
+from openkeye.engine.sampler import sample
+from openkeye.engine.scheduler import Scheduler
+from openkeye.inputs.encode import EncodedPrompt, encode
+from openkeye.inputs.intervals import parse_intervals, widen_intervals
+from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
+from openkeye.inputs.video import Frames, read_video
+from openkeye.model.weights import load_model
+
+Message = Mapping[str, Any]
+OnText = Callable[[str], None]
+OnProgress = Callable[[str, int, int], None]
+# called with (stage, done, total); stages are decode_video and prefill
+
+
+class Engine:
+    """A checkpoint with its caches. Not safe for use from several threads at once."""
+
+    def __init__(
+        self,
+        model: str | Path = "openkeye-tiny",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        attention: str = "sparse",
+        config: EngineConfig | None = None,
+    ) -> None:
+        """Load a checkpoint.
+
+        Args:
+            model: `openkeye-tiny` or a folder in the published layout.
+            device: default a CUDA GPU where there is one, else the CPU.
+            dtype: default bf16 on a GPU, fp32 on the CPU.
+            attention: "sparse" as the model was trained, or "dense".
+
+        Raises:
+            InputError: the folder is not a checkpoint that this code can run.
+        """
+        if attention not in ("sparse", "dense"):
+            raise InputError(f"attention is {attention!r}; choose sparse or dense")
+        self.model_dir = resolve_model_dir(model)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.processor = Processor.load(self.model_dir)
+        self.config = config or EngineConfig()
+        self.runner = Runner(load_model(self.model_dir, self.device, dtype), self.config, attention)
+        self.scheduler = Scheduler(self.config, self.device)
+        self.stop_ids = self._read_stop_ids()
+
+    def ask(
+        self,
+        video: str | Path | Frames,
+        question: str,
+        *,
+        fps: float | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        sampling: SamplingParameters | None = None,
+        on_text: OnText | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Answer:
+        """Answer one question about a video file, or the part of it from start to end.
+
+        Raises:
+            InputError: the video cannot be read, or the prompt does not fit.
+        """
+        conversation = self.open(video, fps=fps, start_seconds=start_seconds, end_seconds=end_seconds, on_progress=on_progress)
+        return conversation.ask(question, sampling=sampling, on_text=on_text, on_progress=on_progress)
+
+    def ask_many(
+        self, video: str | Path | Frames, questions: Sequence[str], *, fps: float | None = None, **options: Any
+    ) -> list[Answer]:
+        """Independent answers to several questions about one video, which is decoded and encoded once."""
+        return self.open(video, fps=fps).ask_many(questions, **options)
+
+    def open(
+        self,
+        video: str | Path | Frames,
+        *,
+        fps: float | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> "Conversation":
+        """Decode a video once, for any number of questions."""
+        start = time.monotonic()
+        if not isinstance(video, Frames):
+            limits = self.processor.video_limits.changed(fps=fps)
+            report = None if on_progress is None else (lambda done, total: on_progress("decode_video", done, total))
+            video = read_video(video, limits, start_seconds, end_seconds, report)
+        window = (start_seconds or 0.0, video.duration_seconds if end_seconds is None else end_seconds)
+        return Conversation(self, video, window, time.monotonic() - start)
+
+    def generate(
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: SamplingParameters | None = None,
+        on_text: OnText | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Answer:
+        """Continue a chat whose messages may hold text, pictures and videos (see `openkeye.inputs.messages`)."""
+        return self.generate_batch([messages], sampling=sampling, on_text=on_text, on_progress=on_progress)[0]
+
+    def generate_batch(
+        self,
+        batch: Sequence[Sequence[Message]],
+        *,
+        sampling: SamplingParameters | None = None,
+        on_text: OnText | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Answer]:
+        """Answers to several chats, decoded together. `on_text` streams the first one's."""
+        sampling = sampling or SamplingParameters()
+        start = time.monotonic()
+        prompts = [encode(messages, self.processor, num_reserved_tokens=min(sampling.max_new_tokens, 64)) for messages in batch]
+        seconds = {"decode_video": time.monotonic() - start, "encode_vision": 0.0, "prefill": 0.0, "generate": 0.0}
+        requests = [self._request(prompt, sampling) for prompt in prompts]
+        if on_text is not None:
+            requests[0].on_token = self._streamer(requests[0], on_text)
+        if on_progress is not None:
+            requests[0].on_prefill = lambda done, total: on_progress("prefill", done, total)
+        self._run(requests, seconds)
+        return [self._answer(request, seconds) for request in requests]
+
+    def step(self) -> list[Request]:
+        """Run one batch; returns the requests that it finished."""
+        batch = self.scheduler.next_batch()
+        logits = self.runner.run(batch)
+        finished = []
+        for row, segment in enumerate(batch.segments):
+            request = segment.request
+            request.num_computed += segment.count
+            if not request.is_prefilled or segment.start < request.num_prompt:
+                self.scheduler.keep_full_pages(request)
+                if request.on_prefill is not None:
+                    request.on_prefill(min(request.num_computed, request.num_prompt), request.num_prompt)
+            if request.is_prefilled:
+                request.add_output(sample(logits[row], request.sampling, request.generator))
+                if request.finish_reason is not None:
+                    self.scheduler.finish(request)
+                    finished.append(request)
+        return finished
+
+    def _run(self, requests: list[Request], seconds: dict[str, float]) -> None:
+        try:
+            for request in requests:
+                self.scheduler.add(request)
+            while self.scheduler.has_work:
+                start, self.runner.vision_seconds = time.monotonic(), 0.0
+                is_prefill = bool(self.scheduler.waiting) or not all(r.is_prefilled for r in self.scheduler.running)
+                self.step()
+                seconds["encode_vision"] += self.runner.vision_seconds
+                seconds["prefill" if is_prefill else "generate"] += time.monotonic() - start - self.runner.vision_seconds
+        finally:
+            # After an error or Ctrl-C nothing half done stays behind for the next call.
+            self.scheduler.clear()
+
+    def _request(self, prompt: EncodedPrompt, sampling: SamplingParameters) -> Request:
+        room = (self.processor.max_tokens or prompt.num_tokens + sampling.max_new_tokens) - prompt.num_tokens
+        if sampling.max_new_tokens > room:
+            sampling = SamplingParameters(**(vars(sampling) | {"max_new_tokens": max(1, room)}))
+        processor = self.processor
+        return Request(
+            prompt, sampling, self.stop_ids, processor.image_token_id, processor.video_token_id, processor.merge_size
+        )
+
+    def _answer(self, request: Request, seconds: dict[str, float]) -> Answer:
+        text = self.processor.decode(request.output_ids)
+        frames = request.prompt.frames
+        times = frames.times_seconds if frames is not None else []
+        spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        window = (0.0, frames.duration_seconds if frames is not None else float("inf"))
+        assert request.finish_reason is not None
+        return Answer(
+            text,
+            widen_intervals(parse_intervals(text), spacing, *window),
+            request.num_prompt,
+            request.num_cached,
+            len(request.output_ids),
+            len(times),
+            spacing,
+            dict(seconds),
+            request.finish_reason,
+            request.prompt.notes,
+        )
+
+    def _streamer(self, request: Request, on_text: OnText) -> Callable[[int], None]:
+        """Tokens to text pieces: a piece is held back while its last character is still incomplete."""
+        num_told = 0
+
+        def tell(_token: int) -> None:
+            nonlocal num_told
+            text = self.processor.decode(request.output_ids)
+            if not text.endswith("\ufffd"):
+                on_text(text[num_told:])
+                num_told = len(text)
+
+        return tell
+
+    def _read_stop_ids(self) -> frozenset[int]:
+        path = self.model_dir / "generation_config.json"
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        if eos is None:
+            eos = self.runner.model.config.eos_token_id
+        return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+class Conversation:
+    """Questions about one decoded video. Its frames are encoded and prefilled once, however many questions follow."""
+
+    def __init__(self, engine: Engine, frames: Frames, window: tuple[float, float], decode_seconds: float) -> None:
+        self.engine = engine
+        self.frames = frames
+        self.window = window
+        # asked part of the video, seconds
+        self.decode_seconds = decode_seconds
+
+    def ask(
+        self,
+        question: str,
+        *,
+        sampling: SamplingParameters | None = None,
+        on_text: OnText | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Answer:
+        """One more question, independent of the earlier ones."""
+        return self.ask_many([question], sampling=sampling, on_text=on_text, on_progress=on_progress)[0]
+
+    def ask_many(self, questions: Sequence[str], **options: Any) -> list[Answer]:
+        """Several questions at once, answered in one batch."""
+        for question in questions:
+            if not question.strip():
+                raise InputError("the question is empty; ask something about the video")
+        answers = self.engine.generate_batch([self._messages(question) for question in questions], **options)
+        return [self._placed(answer) for answer in answers]
+
+    def _messages(self, question: str) -> list[Message]:
+        return [{"role": "user", "content": [{"type": "video", "video": self.frames}, {"type": "text", "text": question}]}]
+
+    def _placed(self, answer: Answer) -> Answer:
+        """The answer with this conversation's decoding time, its intervals clipped to the asked part."""
+        low, high = self.window
+        intervals = [(max(low, first), min(high, last)) for first, last in answer.intervals_seconds]
+        seconds = answer.stage_seconds | {"decode_video": self.decode_seconds}
+        # The video was decoded once: only the first answer's time includes it.
+        self.decode_seconds = 0.0
+        return Answer(**(vars(answer) | {"intervals_seconds": intervals, "stage_seconds": seconds}))

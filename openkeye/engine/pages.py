@@ -1,0 +1,66 @@
+"""Paged caches: keys, values and index keys of all layers, addressed by one slot number; and who owns which page.
+
+Letters: N slots of the whole cache, G KV heads, D head width, I indexer width.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from openkeye.engine.config import EngineConfig
+from openkeye.model.config import KeyeConfig
+
+
+class PagedCaches:
+    """Three tensors a layer. A token's slot is page * page_size + offset, the same in all of them."""
+
+    def __init__(self, model: KeyeConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+        layers, slots = model.num_hidden_layers, config.cache_tokens
+        shape = (layers, slots, model.num_key_value_heads, model.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.index_keys = torch.empty(layers, slots, model.indexer.head_dim, device=device, dtype=dtype)
+
+    def write(self, layer: int, slots_T: Tensor, key_TGD: Tensor, value_TGD: Tensor, index_key_TI: Tensor | None) -> None:
+        """Store new tokens in their slots."""
+        self.keys[layer].index_copy_(0, slots_T, key_TGD)
+        self.values[layer].index_copy_(0, slots_T, value_TGD)
+        if index_key_TI is not None:
+            self.index_keys[layer].index_copy_(0, slots_T, index_key_TI)
+
+
+class PagePool:
+    """Counts the users of every page. A page without users is free, or kept by the prefix cache until room is needed."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = deque(range(num_pages))
+        self._num_users = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` free pages, each with one user."""
+        assert count <= self.num_free
+        pages = [self._free.popleft() for _ in range(count)]
+        for page in pages:
+            self._num_users[page] = 1
+        return pages
+
+    def share(self, page: int) -> None:
+        """One more user of a page."""
+        assert self._num_users[page] > 0
+        self._num_users[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One user fewer; the page is free when none is left."""
+        assert self._num_users[page] > 0
+        self._num_users[page] -= 1
+        if self._num_users[page] == 0:
+            self._free.append(page)
+
+    def num_users(self, page: int) -> int:
+        return self._num_users[page]

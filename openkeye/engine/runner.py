@@ -1,0 +1,81 @@
+"""Runs the network on a batch: embeds text and pictures, walks the layers over the pages, returns the next token's logits."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from openkeye.engine.batch import Batch, PagedPast, Segment
+from openkeye.engine.config import EngineConfig
+from openkeye.engine.pages import PagedCaches
+from openkeye.engine.request import Picture, Request
+from openkeye.engine.vision_cache import VisionCache
+from openkeye.inputs.patches import Patches, join_patches
+from openkeye.model.keye import KeyeModel
+
+
+class Runner:
+    """The network with its caches."""
+
+    def __init__(self, model: KeyeModel, config: EngineConfig, attention: str) -> None:
+        self.model = model
+        self.config = config
+        self.attention = attention
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.caches = PagedCaches(model.config, config, self.device, self.dtype)
+        self.vision_cache = VisionCache(config.vision_cache_bytes)
+        self.vision_seconds = 0.0
+        # spent in the vision tower since the engine last asked
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        embeds = torch.cat([self._embed(segment) for segment in batch.segments])
+        positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
+        past = PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k)
+        hidden = self.model(embeds, positions.to(self.device), past)
+        last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
+        return self.model.logits(hidden[last.to(self.device)])
+
+    def _positions(self, segment: Segment) -> Tensor:
+        """[3, count]: the prompt's own, then index + delta on all axes."""
+        request = segment.request
+        model_input = request.prompt.model_input
+        end = segment.start + segment.count
+        given = model_input.position_ids[:, segment.start : min(end, request.num_prompt)]
+        later = torch.arange(max(segment.start, request.num_prompt), end) + model_input.rope_delta
+        return torch.cat([given, later.expand(3, -1)], dim=1)
+
+    def _embed(self, segment: Segment) -> Tensor:
+        request, end = segment.request, segment.start + segment.count
+        if segment.start >= request.num_prompt:
+            ids = torch.tensor(request.output_ids[segment.start - request.num_prompt : end - request.num_prompt])
+            return self.model.embed(ids.to(self.device), None, None)
+        ids = request.input_ids[segment.start : end].to(self.device)
+        inside = [p for p in request.pictures if p.first_token < end and p.first_token + p.num_tokens > segment.start]
+        features = self._features(request, inside)
+        rows: dict[bool, list[Tensor]] = {False: [], True: []}
+        for picture, feature in zip(inside, features, strict=True):
+            first = max(0, segment.start - picture.first_token)
+            rows[picture.is_frame].append(feature[first : end - picture.first_token])
+        images, frames = (torch.cat(rows[kind]) if rows[kind] else None for kind in (False, True))
+        return self.model.embed(ids, images, frames)
+
+    def _features(self, request: Request, pictures: list[Picture]) -> list[Tensor]:
+        """Encoded pictures, from the cache or encoded now in slices."""
+        known = {picture.content_hash: self.vision_cache.get(picture.content_hash) for picture in pictures}
+        missing = list({p.content_hash: p for p in pictures if known[p.content_hash] is None}.values())
+        start = time.monotonic()
+        for first in range(0, len(missing), self.config.vision_slice_pictures):
+            part = missing[first : first + self.config.vision_slice_pictures]
+            patches = join_patches([request.patches(p).slice_pictures(p.number, p.number + 1) for p in part])
+            assert patches is not None
+            moved = Patches(patches.pixels.to(self.device, self.dtype), patches.grid_thw)
+            encoded = self.model.encode_patches(moved)
+            for picture, feature in zip(part, encoded.split([p.num_tokens for p in part]), strict=True):
+                known[picture.content_hash] = feature
+                self.vision_cache.put(picture.content_hash, feature)
+        self.vision_seconds += time.monotonic() - start
+        features = [known[picture.content_hash] for picture in pictures]
+        return [feature for feature in features if feature is not None]

@@ -1,0 +1,153 @@
+"""Clips as real H.264 files with their questions as JSON lines; everything is a function of (seed, index, tier)."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES, TEXTURES
+from openkeye.frameforge.questions import Question, make_questions
+from openkeye.frameforge.render import render, scene_job
+from openkeye.frameforge.scene import Scene, SceneSettings, make_scene
+from openkeye.frameforge.stream import FILE_SPACE
+
+SAMPLED_FPS = 2.0
+# at which the answers' words are stated
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How long the clips are and how they are filmed."""
+
+    seconds: tuple[float, float]
+    fps: int
+    side: int
+    # pixels
+    min_event_seconds: float
+
+
+TIERS = {"standard": Tier((8.0, 30.0), 10, 168, 1.5), "long": Tier((60.0, 300.0), 6, 128, 2.0)}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip before it is filmed."""
+
+    name: str
+    scene: Scene
+    questions: list[Question]
+    num_frames: int
+    tier: Tier
+
+    @property
+    def duration_seconds(self) -> float:
+        return self.num_frames / self.tier.fps
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """One clip on disk."""
+
+    path: Path
+    duration_seconds: float
+    questions: list[Question]
+
+
+def make_clip(seed: int, index: int, tier_name: str = "standard", seconds: tuple[float, float] | None = None) -> Clip:
+    """The scene and questions of one clip; never one that training has seen (`stream.FILE_SPACE`)."""
+    tier = TIERS[tier_name]
+    rng = np.random.default_rng([FILE_SPACE, seed, index, sorted(TIERS).index(tier_name)])
+    num_frames = round(float(rng.uniform(*(seconds or tier.seconds))) * tier.fps)
+    scene = make_scene(rng, 0.0, num_frames / tier.fps, SceneSettings(tier.min_event_seconds))
+    # The even sampling of a file at 2 frames a second: both ends included, nearest frames of the file.
+    num_sampled = max(2, int(num_frames / tier.fps * SAMPLED_FPS))
+    sampled = np.rint(np.linspace(0, num_frames - 1, num_sampled)) / tier.fps
+    return Clip(f"{tier_name}-{seed}-{index:05d}.mp4", scene, make_questions(scene, rng, sampled), num_frames, tier)
+
+
+def film(clip: Clip, path: Path) -> None:
+    """Write the clip as H.264 (yuv420p, constant quality), a few seconds of frames in memory at a time."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=clip.tier.fps, options={"crf": "20", "preset": "veryfast"})
+        stream.width = stream.height = clip.tier.side
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, clip.tier.fps)
+        stream.codec_context.thread_count = 1
+        for start in range(0, clip.num_frames, 64):
+            times = np.arange(start, min(start + 64, clip.num_frames)) / clip.tier.fps
+            for picture in render(scene_job(clip.scene, times), clip.tier.side, "cpu").numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def clip_record(clip: Clip) -> dict[str, Any]:
+    """Everything known about a clip, as plain data."""
+    tracks = [
+        {
+            "sprite": SPRITES[track.sprite],
+            "colour": COLOUR_NAMES[track.colour],
+            "texture": TEXTURES[track.texture],
+            "intervals_seconds": track.intervals,
+            "path": track.path,
+            "direction": track.direction,
+            "turn_seconds": track.turn_seconds,
+        }
+        for track in clip.scene.tracks
+    ]
+    return {
+        "video": clip.name,
+        "duration_seconds": clip.duration_seconds,
+        "questions": [asdict(question) for question in clip.questions],
+        "background": clip.scene.background.kind,
+        "tracks": tracks,
+    }
+
+
+def question_from_record(record: dict[str, Any]) -> Question:
+    """The inverse of what `clip_record` makes of a question."""
+    intervals = tuple((float(first), float(last)) for first, last in record["intervals"])
+    mentions = tuple((int(track), str(name)) for track, name in record["mentions"])
+    return Question(**(record | {"intervals": intervals, "mentions": mentions}))
+
+
+def write_clips(
+    out_dir: Path, num: int, seed: int, tier: str = "standard", seconds: tuple[float, float] | None = None, num_workers: int = 1
+) -> Iterator[ClipFile]:
+    """Film clips 0..num-1 in worker processes, in order; `clips.jsonl` grows with every clip that is yielded."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [(out_dir, seed, index, tier, seconds) for index in range(num)]
+    with (
+        (out_dir / "clips.jsonl").open("w", buffering=1) as lines,
+        ProcessPoolExecutor(
+            num_workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        for line in pool.map(_write_one, jobs):
+            lines.write(line + "\n")
+            yield _clip_file(out_dir, line)
+
+
+def _write_one(job: tuple[Path, int, int, str, tuple[float, float] | None]) -> str:
+    out_dir, seed, index, tier, seconds = job
+    clip = make_clip(seed, index, tier, seconds)
+    film(clip, out_dir / clip.name)
+    return json.dumps(clip_record(clip))
+
+
+def _clip_file(folder: Path, line: str) -> ClipFile:
+    record = json.loads(line)
+    questions = [question_from_record(question) for question in record["questions"]]
+    return ClipFile(folder / record["video"], record["duration_seconds"], questions)
+
+
+def read_clips(folder: Path) -> list[ClipFile]:
+    """The clips that `write_clips` left in a folder."""
+    return [_clip_file(folder, line) for line in (folder / "clips.jsonl").read_text().splitlines() if line.strip()]
