@@ -25,7 +25,7 @@ class Picture:
     # among the patches of its kind
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Prompt, pages and answer of one generation."""
 
