@@ -1,6 +1,6 @@
 """Times whole training steps of openkeye-tiny by clip length and attention, and where a step goes.
 
-    python -m benchmarks.training_steps [--frames 16 60 600] [--steps 10]
+python -m benchmarks.training_steps [--frames 16 60 600] [--steps 10]
 """
 
 import argparse
@@ -39,9 +39,8 @@ def main() -> None:
 
     print("| frames | attention | draw ms | step ms | peak GiB |\n|---|---|---|---|---|")
     for frames in arguments.frames:
-        stream = StreamConfig(
-            config.model_dir, 0, config.num_frames_per_step, config.num_slots, config.slot_length, lambda _, frames=frames: frames
-        )
+        shape = (config.num_frames_per_step, config.num_slots, config.slot_length)
+        stream = StreamConfig(config.model_dir, 0, *shape, lambda _, frames=frames: frames)
         host_batch = make_host_batch(stream, text, 0)
         for attention, rows in (("dense", 0), ("sparse", 96)):
             stage = StageConfig("bench", 100, (frames,), attention=attention, num_indexer_rows=rows, cell_weight_start=0.5)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from openkeye.common.checks import InputError
 from openkeye.data.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, StreamConfig, batches
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
@@ -84,6 +85,19 @@ class FrameCounts:
         return int(rng.choice(stage.frame_counts, p=weights / weights.sum()))
 
 
+def with_stage_steps(config: TrainConfig, steps: list[int]) -> TrainConfig:
+    """The same run with other stage lengths; 0 leaves a stage out.
+
+    Raises:
+        InputError: not one number per stage.
+    """
+    if len(steps) != len(config.stages):
+        names = ", ".join(stage.name for stage in config.stages)
+        raise InputError(f"--stage-steps got {len(steps)} numbers; give one for each of: {names}")
+    pairs = zip(config.stages, steps, strict=True)
+    return replace(config, stages=tuple(replace(stage, num_steps=count) for stage, count in pairs if count))
+
+
 def run(config: TrainConfig, run_dir: Path, out_dir: Path, stop_after_seconds: float, start_from: Path | None = None) -> bool:
     """Train until finished or out of time; the weights so far are written to `out_dir` either way."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,6 +152,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = smoke() if arguments.smoke else tiny(num_workers=arguments.num_workers)
+    if arguments.stage_steps is not None:
+        config = with_stage_steps(config, arguments.stage_steps)
     is_finished = run(
         replace(config, seed=arguments.seed),
         arguments.run_dir,

@@ -62,7 +62,8 @@ def test_nobody_imports_apps():
 
 def test_inside_a_folder_imports_make_no_circle():
     graph = {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): imported_modules(path) for path in PACKAGE.rglob("*.py")
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): imported_modules(path)
+        for path in PACKAGE.rglob("*.py")
     }
     finished, open_path = set(), []
 

@@ -1,4 +1,4 @@
-"""`openkeye evaluate frameforge`: asks every question of unseen clips through the command line's own path and scores the answers."""
+"""`openkeye evaluate frameforge`: asks every question of unseen clips through the path of `ask` and scores the answers."""
 
 import argparse
 import json

@@ -92,7 +92,7 @@ class ClipText:
     def slot(self, question: str, answer: str) -> tuple[list[int], int]:
         """Tokens of one question with its answer, and where the answer begins."""
         before = [*self.encode(question), *self.after_question]
-        return before + [*self.encode(answer), *self.after_answer], len(before)
+        return [*before, *self.encode(answer), *self.after_answer], len(before)
 
 
 @lru_cache(maxsize=64)

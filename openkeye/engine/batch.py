@@ -1,6 +1,7 @@
 """`Batch`: the tokens of one model call, and `PagedPast`: the past they see in the pages.
 
-Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked tokens.
+Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked
+tokens.
 """
 
 from dataclasses import dataclass

@@ -36,8 +36,8 @@ class Scheduler:
         if needed > self.pool.num_pages:
             raise InputError(
                 f"the prompt of {request.num_prompt:,} tokens and up to {request.sampling.max_new_tokens:,} of answer need "
-                f"{needed * self.config.page_size:,} cache tokens, the engine has {self.config.cache_tokens:,}: take fewer frames, "
-                "a shorter part, or a larger cache"
+                f"{needed * self.config.page_size:,} cache tokens, the engine has {self.config.cache_tokens:,}: "
+                "take fewer frames, a shorter part, or a larger cache"
             )
         self.waiting.append(request)
 

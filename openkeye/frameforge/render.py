@@ -40,7 +40,7 @@ class RenderJob:
     # of each clip
 
     def cell_labels(self, num_cells: int) -> np.ndarray:
-        """Colour + 1, sprite + 1 and track + 1 of the uppermost sprite centred in each cell, 0 for none: [3, F * cells^2] int16."""
+        """Colour, sprite and track (each + 1, 0 for none) of the uppermost sprite centred in a cell: [3, F * cells^2] int16."""
         labels = np.zeros((3, sum(self.num_frames) * num_cells * num_cells), np.int16)
         rows = self.instances
         column = np.clip((rows[:, 2] * num_cells).astype(np.int64), 0, num_cells - 1)

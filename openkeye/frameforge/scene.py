@@ -140,6 +140,7 @@ def _draw_scene(rng: np.random.Generator, start_seconds: float, end_seconds: flo
     mover_kind = "mover" if rng.random() < 0.6 else "turner"
     roles[mover_kind] = roles.pop("mover")
     layers = rng.permutation(len(looks))
+    intervals: tuple[Interval, ...]
     for number, (sprite, colour, texture, size) in enumerate(looks):
         if number == roles.get("mover"):
             intervals = (_event(rng, start_seconds, end_seconds, 2.5, 9.0),)
@@ -302,14 +303,19 @@ def _captions(rng: np.random.Generator, start: float, end: float, num_objects: i
 
 def _background(rng: np.random.Generator) -> Background:
     kind = str(rng.choice(BACKGROUNDS))
-    first = rng.uniform(20, 150, 3)
-    second = first if kind in ("plain", "noisy") else rng.uniform(20, 190, 3)
+    first = _colour(rng, 150)
+    second = first if kind in ("plain", "noisy") else _colour(rng, 190)
     return Background(
         kind,
-        tuple(float(c) for c in first),
-        tuple(float(c) for c in second),
+        first,
+        second,
         float(rng.uniform(0, 2 * np.pi)),
         int(rng.integers(1 << 16)),
         (float(rng.uniform(-0.4, 0.4)), float(rng.uniform(-0.4, 0.4)), float(rng.uniform(0.35, 0.6))),
         int(rng.integers(1 << 31)),
     )
+
+
+def _colour(rng: np.random.Generator, brightest: float) -> tuple[float, float, float]:
+    red, green, blue = rng.uniform(20, brightest, 3).tolist()
+    return red, green, blue

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,7 +17,7 @@ def temporal_iou(first: Sequence[Interval], second: Sequence[Interval]) -> float
     """Intersection over union of two unions of intervals; 0 where both are empty."""
     edges = sorted({edge for interval in (*first, *second) for edge in interval})
     both = either = 0.0
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         middle = (low + high) / 2
         in_first = any(a <= middle < b for a, b in first)
         in_second = any(a <= middle < b for a, b in second)

@@ -10,7 +10,7 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head", "patch_embedding", "position_embed
 
 
 def parameter_groups(model: KeyeModel, cell_head: nn.Module, config: TrainConfig) -> list[ParameterGroup]:
-    """Muon for the trunk's matrices; AdamW for embeddings, norms, biases, routers and the training-only head; the indexer apart.
+    """Muon for the trunk's matrices; AdamW for embeddings, norms, biases, routers and the cell head; the indexer apart.
 
     Routers stay with AdamW: an orthogonalised update moves all experts' logits equally far, however small their gradient.
     """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openkeye.common.log import JsonLines
 from openkeye.data.slot_batch import SlotBatch
 from openkeye.inputs.patches import Patches
+from openkeye.model.decoder import DecoderLayer
 from openkeye.model.keye import KeyeModel
 from openkeye.train.checkpoint import load_state, prefixed, save_state, under
 from openkeye.train.config import StageConfig, TrainConfig
@@ -28,14 +29,19 @@ Batches = Callable[[int], Iterator[SlotBatch]]
 # from a first step to the batches of that step and all later ones, already on the device
 
 
+def decoder_layers(model: KeyeModel) -> list[DecoderLayer]:
+    """The decoder's layers under their own type."""
+    return [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+
+
 def compile_regions(model: KeyeModel) -> None:
     """Compile what stands between attentions, once for all layers and lengths; the past itself stays as written."""
-    for layer in model.model.layers:
-        layer.begin = torch.compile(layer.begin, dynamic=True)
-        layer.finish = torch.compile(layer.finish, dynamic=True)
-    for layer in model.visual.vision_model.encoder.layers:
+    for layer in decoder_layers(model):
+        layer.begin = torch.compile(layer.begin, dynamic=True)  # type: ignore[method-assign]
+        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore[method-assign]
+    for vision_layer in model.visual.vision_model.encoder.layers:
         # Frames are padded to one number (`pad_pictures`), so the tower needs one graph only.
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+        vision_layer.forward = torch.compile(vision_layer.forward, dynamic=False)
 
 
 def pad_pictures(patches: Patches, num_pictures: int) -> Patches:
@@ -80,7 +86,7 @@ class Trainer:
         self.optimizer = Optimizer(parameter_groups(model, self.cell_head, config), clip=config.clip)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
-        for layer in model.model.layers:
+        for layer in decoder_layers(model):
             layer.mlp.keeps_router_logits = True
         if self.device.type == "cuda":
             compile_regions(model)
@@ -159,9 +165,8 @@ class Trainer:
                 batch.task_ids_BN.flatten(),
                 self.task_weights,
             )
-            balance = balance_loss(
-                [layer.mlp.router_logits for layer in self.model.model.layers], self.model.config.num_experts_per_tok
-            )
+            logits = [layer.mlp.router_logits for layer in decoder_layers(self.model) if layer.mlp.router_logits is not None]
+            balance = balance_loss(logits, self.model.config.num_experts_per_tok)
             losses += [stage.answer_weight * answers.loss, self.config.balance_weight * balance]
             self._gather(answer_loss=answers.loss, balance=balance)
             for number, task in enumerate(self.tasks):

@@ -1,14 +1,19 @@
 """Muon for the matrices of the trunk, AdamW for the rest, on fp32 master weights beside bf16 parameters.
 
 Muon orthogonalises the momentum of each matrix by a Newton-Schulz iteration (Jordan et al. 2024), with the update scaled by
-0.2 * sqrt(max(rows, columns)) so that its size matches AdamW's (Liu et al. 2025). Matrices of one shape go through one batched product.
+0.2 * sqrt(max(rows, columns)) so that its size matches AdamW's (Liu et al. 2025).
+
+A small network's step is as long as its number of operations, so parameters that share a rule (and, for Muon, a shape) live in
+one tensor and are stepped at once.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+MUON_MOMENTUM = 0.95
 
 
 @dataclass
@@ -23,6 +28,33 @@ class ParameterGroup:
     weight_decay: float = 0.0
 
 
+@dataclass
+class _Bundle:
+    """Parameters stepped at once: matrices of one shape stacked, or everything of an AdamW group flattened."""
+
+    group: ParameterGroup
+    parameters: list[nn.Parameter]
+    is_stack: bool
+    master: Tensor = field(init=False)
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.master = self.join([parameter.detach() for parameter in self.parameters]).float()
+        self.first = torch.zeros_like(self.master, dtype=torch.bfloat16 if self.is_stack else torch.float32)
+        self.second = self.master.new_zeros(0) if self.is_stack else torch.zeros_like(self.master)
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self.is_stack else torch.cat([tensor.flatten() for tensor in tensors])
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The parts of a joined tensor, shaped as the parameters."""
+        if self.is_stack:
+            return list(joined.unbind())
+        parts = joined.split([parameter.numel() for parameter in self.parameters])
+        return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+
+
 class Optimizer:
     """Steps on fp32 master weights and copies them into the (bf16 or fp32) parameters.
 
@@ -30,19 +62,11 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[ParameterGroup], clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.98)) -> None:
-        self.groups = groups
         self.clip = clip
         self.betas = betas
         self.num_steps = 0
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
-        self.master = [parameter.detach().float().clone() for parameter in self.parameters]
-        rules = [group.rule for group in groups for _ in group.parameters]
-        self.first = [
-            torch.zeros_like(m, dtype=torch.bfloat16 if r == "muon" else torch.float32)
-            for m, r in zip(self.master, rules, strict=True)
-        ]
-        self.second = [torch.zeros_like(m) if r == "adamw" else m.new_zeros(0) for m, r in zip(self.master, rules, strict=True)]
-        self.num_skipped = self.master[0].new_zeros(())
+        self.bundles = [bundle for group in groups for bundle in _bundles(group)]
+        self.num_skipped = self.bundles[0].master.new_zeros(())
 
     @torch.no_grad()
     def step(self, learning_rate_scale: float, only: str | None = None) -> Tensor:
@@ -51,72 +75,44 @@ class Optimizer:
         With `only`, the other groups stay as they are, momenta included.
         """
         self.num_steps += 1
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)))
+        bundles = [bundle for bundle in self.bundles if only is None or bundle.group.name == only]
+        gradients = [
+            bundle.join([torch.zeros_like(p) if p.grad is None else p.grad for p in bundle.parameters]).float()
+            for bundle in bundles
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         is_finite = torch.isfinite(norm)
         self.num_skipped += (~is_finite).float()
         factor = torch.where(is_finite, (self.clip / (norm + 1e-6)).clamp(max=1.0), norm.new_zeros(()))
-        gradients = [torch.where(is_finite, gradient, 0.0) for gradient in gradients]
-        wide = [torch.empty_like(m) for m in self.master]
-        torch._foreach_copy_(wide, gradients)
-        torch._foreach_mul_(wide, factor)
-        gradients = wide
-        start = 0
-        for group in self.groups:
-            entries = range(start, start + len(group.parameters))
-            start = entries.stop
-            if only is not None and group.name != only:
-                continue
-            rate = group.learning_rate * learning_rate_scale
-            update = self._muon if group.rule == "muon" else self._adamw
-            update(entries, gradients, rate, group.weight_decay)
-        torch._foreach_copy_([p.data for p in self.parameters], self.master)
-        for parameter in self.parameters:
-            parameter.grad = None
+        for bundle, gradient in zip(bundles, gradients, strict=True):
+            gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+            rate = bundle.group.learning_rate * learning_rate_scale
+            bundle.master.mul_(1 - rate * bundle.group.weight_decay)
+            if bundle.is_stack:
+                _muon(bundle, gradient, rate)
+            else:
+                self._adamw(bundle, gradient, rate)
+            torch._foreach_copy_([p.data for p in bundle.parameters], bundle.split(bundle.master))
+        for bundle in self.bundles:
+            for parameter in bundle.parameters:
+                parameter.grad = None
         return norm
 
-    def _muon(self, entries: range, gradients: list[Tensor], rate: float, weight_decay: float) -> None:
-        span = slice(entries.start, entries.stop)
-        master, first = self.master[span], self.first[span]
-        narrow = [torch.empty_like(momentum) for momentum in first]
-        torch._foreach_copy_(narrow, gradients[span])
-        torch._foreach_lerp_(first, narrow, 0.05)
-        # Nesterov: look one momentum step ahead.
-        torch._foreach_lerp_(narrow, first, 0.95)
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, momentum in enumerate(first):
-            by_shape[tuple(momentum.shape)].append(number)
-        torch._foreach_mul_(master, 1 - rate * weight_decay)
-        for shape, members in by_shape.items():
-            ahead = torch.stack([narrow[number] for number in members])
-            direction = orthogonalise(ahead.reshape(-1, *shape[-2:])).reshape(ahead.shape).float()
-            scale = 0.2 * max(shape[-2:]) ** 0.5
-            torch._foreach_add_([master[number] for number in members], list(direction.unbind()), alpha=-rate * scale)
-
-    def _adamw(self, entries: range, gradients: list[Tensor], rate: float, weight_decay: float) -> None:
-        if not entries:
-            return
-        span = slice(entries.start, entries.stop)
+    def _adamw(self, bundle: _Bundle, gradient: Tensor, rate: float) -> None:
         beta_1, beta_2 = self.betas
-        master, first, second, gradient = self.master[span], self.first[span], self.second[span], gradients[span]
-        torch._foreach_mul_(first, beta_1)
-        torch._foreach_add_(first, gradient, alpha=1 - beta_1)
-        torch._foreach_mul_(second, beta_2)
-        torch._foreach_addcmul_(second, gradient, gradient, value=1 - beta_2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta_2**self.num_steps) ** 0.5)
-        torch._foreach_add_(denominator, 1e-8)
-        torch._foreach_mul_(master, 1 - rate * weight_decay)
-        torch._foreach_addcdiv_(master, first, denominator, value=-rate / (1 - beta_1**self.num_steps))
+        bundle.first.lerp_(gradient, 1 - beta_1)
+        bundle.second.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+        denominator = (bundle.second.sqrt() / (1 - beta_2**self.num_steps) ** 0.5).add_(1e-8)
+        bundle.master.addcdiv_(bundle.first, denominator, value=-rate / (1 - beta_1**self.num_steps))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
         state = {"num_steps": torch.tensor(self.num_steps), "num_skipped": self.num_skipped}
-        for entry in range(len(self.master)):
-            state[f"master.{entry}"] = self.master[entry]
-            state[f"first.{entry}"] = self.first[entry]
-            if self.second[entry].numel():
-                state[f"second.{entry}"] = self.second[entry]
+        for number, bundle in enumerate(self.bundles):
+            state[f"master.{number}"] = bundle.master
+            state[f"first.{number}"] = bundle.first
+            if bundle.second.numel():
+                state[f"second.{number}"] = bundle.second
         return state
 
     @torch.no_grad()
@@ -124,12 +120,34 @@ class Optimizer:
         """Take up the state of an earlier `state_tensors` of the same groups; the parameters follow the master weights."""
         self.num_steps = int(state["num_steps"])
         self.num_skipped.copy_(state["num_skipped"])
-        for entry in range(len(self.master)):
-            self.master[entry].copy_(state[f"master.{entry}"])
-            self.first[entry].copy_(state[f"first.{entry}"])
-            if self.second[entry].numel():
-                self.second[entry].copy_(state[f"second.{entry}"])
-            self.parameters[entry].copy_(self.master[entry])
+        for number, bundle in enumerate(self.bundles):
+            bundle.master.copy_(state[f"master.{number}"])
+            bundle.first.copy_(state[f"first.{number}"])
+            if bundle.second.numel():
+                bundle.second.copy_(state[f"second.{number}"])
+            torch._foreach_copy_([p.data for p in bundle.parameters], bundle.split(bundle.master))
+
+
+def _bundles(group: ParameterGroup) -> list[_Bundle]:
+    if not group.parameters:
+        return []
+    if group.rule == "adamw":
+        return [_Bundle(group, group.parameters, is_stack=False)]
+    assert group.rule == "muon", group.rule
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+    for parameter in group.parameters:
+        by_shape[tuple(parameter.shape)].append(parameter)
+    return [_Bundle(group, parameters, is_stack=True) for parameters in by_shape.values()]
+
+
+def _muon(bundle: _Bundle, gradient: Tensor, rate: float) -> None:
+    narrow = gradient.bfloat16()
+    bundle.first.lerp_(narrow, 1 - MUON_MOMENTUM)
+    # Nesterov: look one momentum step ahead.
+    ahead = narrow.lerp_(bundle.first, MUON_MOMENTUM)
+    shape = ahead.shape
+    direction = orthogonalise(ahead.reshape(-1, *shape[-2:])).reshape(shape)
+    bundle.master.add_(direction, alpha=-rate * 0.2 * max(shape[-2:]) ** 0.5)
 
 
 def orthogonalise(matrices_NRC: Tensor, num_iterations: int = 5) -> Tensor:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from openkeye.kernels.reference import indexer_select, sparse_attention
 
 from openkeye.data.slot_batch import SlotLayout
+from openkeye.kernels.reference import indexer_select, sparse_attention
 from openkeye.model.past import IndexerOutput
 from openkeye.train.slot_past import SlotPast
 
