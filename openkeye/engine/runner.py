@@ -44,7 +44,7 @@ class Runner:
         model_input = request.prompt.model_input
         end = segment.start + segment.count
         given = model_input.position_ids[:, segment.start : min(end, request.num_prompt)]
-        later = torch.arange(max(segment.start, request.num_prompt), end) + model_input.rope_delta
+        later = torch.arange(max(segment.start, request.num_prompt), max(end, request.num_prompt)) + model_input.rope_delta
         return torch.cat([given, later.expand(3, -1)], dim=1)
 
     def _embed(self, segment: Segment) -> Tensor:

@@ -1,0 +1,30 @@
+"""Times in words."""
+
+import pytest
+
+from openkeye.inputs.intervals import parse_intervals, parse_moment, widen_intervals
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("From 4.5 to 12.0 seconds.", [(4.5, 12.0)]),
+        ("From 2.0 to 4.5 and from 8.0 to 11.5 seconds.", [(2.0, 4.5), (8.0, 11.5)]),
+        ("It is seen 1:05 - 1:20.5.", [(65.0, 80.5)]),
+        ("between 0:10 and 1:00:02", [(10.0, 3602.0)]),
+        ("3 s to 5 s", [(3.0, 5.0)]),
+        ("from 9.0 to 3.0", []),
+        ("The blue square.", []),
+    ],
+)
+def test_spans_are_read(text, expected):
+    assert parse_intervals(text) == expected
+
+
+def test_a_moment_is_read():
+    assert parse_moment("At 8.5 seconds.") == 8.5
+    assert parse_moment("To the left.") is None
+
+
+def test_widening_goes_half_a_step_out_and_stays_inside():
+    assert widen_intervals([(0.0, 4.0), (9.0, 10.0)], 0.5, 0.0, 10.1) == [(0.0, 4.25), (8.75, 10.1)]
