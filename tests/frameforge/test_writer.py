@@ -1,0 +1,42 @@
+"""Files on disk: decodable, true, the same for the same seed."""
+
+import numpy as np
+import torch
+
+from openkeye.frameforge.render import render, scene_job
+from openkeye.frameforge.stream import make_training_clip
+from openkeye.frameforge.writer import film, make_clip, read_clips, write_clips
+from openkeye.inputs.sampling import VideoLimits
+from openkeye.inputs.video import read_video
+
+
+def test_a_film_shows_the_scene_at_the_right_times(tmp_path):
+    clip = make_clip(3, 1, seconds=(8.0, 9.0))
+    film(clip, tmp_path / "clip.mp4")
+    limits = VideoLimits(min_tokens_per_frame=16, max_tokens_per_frame=16, factor=28)
+    frames = read_video(tmp_path / "clip.mp4", limits)
+    assert abs(frames.duration_seconds - clip.duration_seconds) < 0.01
+    drawn = render(scene_job(clip.scene, np.array(frames.times_seconds)), 112, "cpu").float()
+    shown = torch.from_numpy(frames.pixels).float()
+    assert (drawn - shown).abs().mean() < 6.0
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        list(write_clips(tmp_path / name, 2, seed=9, seconds=(8.0, 8.5), num_workers=1))
+    lines = [(tmp_path / name / "clips.jsonl").read_text() for name in ("a", "b")]
+    assert lines[0] == lines[1]
+    first, second = read_clips(tmp_path / "a"), read_clips(tmp_path / "b")
+    assert first[0].questions == second[0].questions and first[0].path.read_bytes() == second[0].path.read_bytes()
+    assert first[0].questions == make_clip(9, 0, seconds=(8.0, 8.5)).questions
+
+
+def test_files_and_training_never_share_a_scene():
+    files = {tuple(question.text for question in make_clip(0, index).questions) for index in range(50)}
+    training = {tuple(q.text for q in make_training_clip(0, index, 24).questions) for index in range(50)}
+    assert not files & training
+
+
+def test_the_long_tier_is_minutes_long():
+    seconds = [make_clip(0, index, "long").duration_seconds for index in range(40)]
+    assert min(seconds) >= 59.9 and max(seconds) <= 300.1 and max(seconds) > 200
