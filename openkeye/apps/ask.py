@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from openkeye.apps.model_options import add_model_options, add_sampling_options, add_video_options, engine_from, sampling_from
 
@@ -22,7 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     import sys
 
     from openkeye.apps.stage_progress import StageProgress
+    from openkeye.inputs.video_scan import scan_video
 
+    # A file that is no video is told before the checkpoint is loaded.
+    scan_video(Path(arguments.video))
     sampling = sampling_from(arguments)
     engine = engine_from(arguments)
 

@@ -1,6 +1,7 @@
 """Every answer follows from the scene, and none from the question alone."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_captions_of_a_kind_never_share_a_moment(clips):
     for clip in clips:
         for is_number in (False, True):
             spans = sorted(span for t in clip.scene.captions if (t.sprite >= FIRST_NUMBER) == is_number for span in t.intervals)
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
 def test_no_trivial_strategy_pays(clips):
