@@ -126,9 +126,11 @@ def print_figures(record: dict) -> None:
         for name in (
             "answer_loss",
             "cell_loss",
+            "sight_loss",
             "hint_0",
             "hint_1",
             "hint_2",
+            "hint_3",
             "indexer_loss",
             "indexer_recall",
             "indexer_mass",

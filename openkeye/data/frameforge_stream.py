@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_map, hint_table
-from openkeye.data.slot_batch import SlotBatch, SlotLayout
+from openkeye.data.slot_batch import CellLabels, SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
 from openkeye.frameforge.render import RenderJob, join_jobs, render, upload
@@ -52,6 +52,8 @@ class HostBatch:
     layout: SlotLayout
     arrays: dict[str, np.ndarray]
     # by the names of `SlotBatch`
+    cells: dict[str, np.ndarray]
+    # by the names of `CellLabels`
     job: RenderJob
     seed: int
 
@@ -135,11 +137,18 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
                 hints[number].append((0, start + len(named) - 1, track + 1, ANY, ANY))
             if question.track is not None:
                 hints[number] += answer_hints(
-                    row, ids[answer_start:], text.figures, question.track + 1, clip.frame_times, frames
+                    row,
+                    ids[answer_start:],
+                    text.figures,
+                    question.track + 1,
+                    clip.frame_times,
+                    frames,
+                    _seen_span(clip, question.track) if question.task == "motion" else None,
                 )
     table = np.array(labels)
     job = join_jobs([clip.job for clip in clips])
-    colours, sprites, tracks = job.cell_labels(CELLS)
+    cells = job.cell_labels(CELLS)
+    tracks = cells.pop("tracks")
     token_frames = np.full(layout.num_tokens, -1, np.int16)
     token_frames[frames.first : frames.first + num_frames * frames.tokens_per_frame] = np.repeat(
         np.arange(num_frames), frames.tokens_per_frame
@@ -152,13 +161,17 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
         "label_slots": table[:, 2],
         "position_ids_3L": positions.numpy().astype(np.int32),
         "task_ids_BN": _task_ids(clips, config.num_slots),
-        "cell_colours": colours,
-        "cell_sprites": sprites,
         "token_tracks_BL": cell_map(tracks, num_clips, CELLS * CELLS, frames, layout),
         "token_frames_L": token_frames,
         "hints": hint_table(hints),
     }
-    return HostBatch(layout, arrays, job, seed=config.seed * 1_000_003 + step)
+    return HostBatch(layout, arrays, cells, job, seed=config.seed * 1_000_003 + step)
+
+
+def _seen_span(clip: TrainingClip, track: int) -> tuple[int, int] | None:
+    """First and last frame in which a track is drawn; None where no frame falls into its time."""
+    frames = clip.job.instances[clip.job.instances[:, 9] == track, 0]
+    return (int(frames.min()), int(frames.max())) if len(frames) else None
 
 
 def _without_times(prefix: list[int], text: ClipText, num_frames: int) -> tuple[int, ...]:
@@ -177,7 +190,9 @@ def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:
     tensors = {name: upload(torch.from_numpy(array), device) for name, array in batch.arrays.items()}
     # Ids and labels travel narrow and are widened here, where that costs nothing.
     wide = {name: tensor if name.startswith("token_") else tensor.long() for name, tensor in tensors.items()}
-    return SlotBatch(layout=batch.layout, patches=patches_from_pixels(frames, 14), **wide)
+    cells = {name: upload(torch.from_numpy(array), device) for name, array in batch.cells.items()}
+    labels = CellLabels(**{name: label if name == "offsets" else label.long() for name, label in cells.items()})
+    return SlotBatch(layout=batch.layout, patches=patches_from_pixels(frames, 14), cells=labels, **wide)
 
 
 class HostBatches(IterableDataset):

@@ -7,6 +7,7 @@ slot) and one hop, the keys that hold what the row needs:
     hop 0  the cells that show the asked thing, in any frame
     hop 1  the same cells in the frame whose time is being said
     hop 2  the token of that frame's time text which holds the very figure to be said next
+    hop 3  the same cells in the thing's first frame, beside hop 1 in its last: where it came from and where it went
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from openkeye.data.slot_batch import SlotLayout
 
-NUM_HOPS = 3
+NUM_HOPS = 4
 HINTS_PER_CLIP = 32
 # of each hop; the surplus of a clip is dropped
 COLUMNS = ("row", "track", "frame", "key")
@@ -39,7 +40,13 @@ class FrameLayout:
 
 
 def answer_hints(
-    row: int, ids: list[int], figures: dict[int, str], track: int, frame_times: np.ndarray, frames: FrameLayout
+    row: int,
+    ids: list[int],
+    figures: dict[int, str],
+    track: int,
+    frame_times: np.ndarray,
+    frames: FrameLayout,
+    span: tuple[int, int] | None,
 ) -> list[tuple[int, int, int, int, int]]:
     """Hints of one slot about one thing, as (hop, row, track, frame, key).
 
@@ -50,8 +57,11 @@ def answer_hints(
         track: 1-based number of the asked thing in the clip.
         frame_times: [F] seconds of the clip's frames.
         frames: where their tokens are.
+        span: for questions about motion, the first and last frame of the thing.
     """
     hints = [(0, row, track, ANY, ANY)]
+    if span is not None:
+        hints += [(1, row, track, span[1], ANY), (3, row, track, span[0], ANY)]
     place = 0
     while place < len(ids):
         end = place

@@ -37,6 +37,17 @@ class SlotLayout:
 
 
 @dataclass(frozen=True)
+class CellLabels:
+    """What is in each merged cell of each frame: int64 [M], 0 for nothing (`RenderJob.cell_labels`), offsets float32 [M, 2]."""
+
+    colours: Tensor
+    sprites: Tensor
+    onsets: Tensor
+    directions: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
 class SlotBatch:
     """Tokens, labels and pictures of one training step."""
 
@@ -55,10 +66,7 @@ class SlotBatch:
     # int64, index into the stream's list of tasks
     patches: Patches
     # every frame of every clip, clip after clip
-    cell_colours: Tensor
-    # [merged tokens] int64: colour whose sprite has its centre in this cell, 0 for none
-    cell_sprites: Tensor
-    # [merged tokens] int64: sprite likewise
+    cells: CellLabels
     token_tracks_BL: Tensor
     # int16: 1-based number of the thing whose centre lies in each cell token, 0 elsewhere
     token_frames_L: Tensor

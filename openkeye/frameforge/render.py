@@ -3,6 +3,7 @@
 Letters: F frames (of all clips together), B clips, S canvas side in pixels, N sprite instances of a layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from openkeye.frameforge.scene import BACKGROUNDS, Background, Scene
 COLUMNS = ("frame", "layer", "x", "y", "half_height", "sprite", "colour", "texture", "is_caption", "track")
 NOISE_CELLS = 28
 PHOTOGRAPH_SIDE = 192
+MIN_STEP = 0.012
+# share of the canvas that a thing must move between two frames to count as moving
 OUTLINE = 18.0
 # grey level of the thin dark rim that keeps sprites apart from any background
 
@@ -39,15 +42,52 @@ class RenderJob:
     num_frames: tuple[int, ...]
     # of each clip
 
-    def cell_labels(self, num_cells: int) -> np.ndarray:
-        """Colour, sprite and track (each + 1, 0 for none) of the uppermost sprite centred in a cell: [3, F * cells^2] int16."""
-        labels = np.zeros((3, sum(self.num_frames) * num_cells * num_cells), np.int16)
+    def cell_labels(self, num_cells: int) -> dict[str, np.ndarray]:
+        """What the uppermost sprite centred in each cell is and has become, 0 for none; arrays over F * cells^2.
+
+        `colours`, `sprites` and `tracks` (each + 1); `onsets`: 1 the same track stood in the frame before, 2 its first
+        appearance, 3 a return; `directions`: 1 at rest or not there before, 2 left, 3 right, 4 up, 5 down;
+        `offsets` [.., 2]: the centre's place in its cell, -0.5 to 0.5.
+        """
         rows = self.instances
-        column = np.clip((rows[:, 2] * num_cells).astype(np.int64), 0, num_cells - 1)
-        line = np.clip((rows[:, 3] * num_cells).astype(np.int64), 0, num_cells - 1)
-        cell = (rows[:, 0].astype(np.int64) * num_cells + line) * num_cells + column
-        labels[:, cell] = rows[:, (6, 5, 9)].T.astype(np.int16) + 1
+        onsets, directions = self._changes()
+        place = np.clip(rows[:, 2:4] * num_cells, 0, num_cells - 1e-4)
+        inside = place.astype(np.int64)
+        cell = (rows[:, 0].astype(np.int64) * num_cells + inside[:, 1]) * num_cells + inside[:, 0]
+        size = sum(self.num_frames) * num_cells * num_cells
+        values = {
+            "colours": rows[:, 6] + 1,
+            "sprites": rows[:, 5] + 1,
+            "tracks": rows[:, 9] + 1,
+            "onsets": onsets,
+            "directions": directions,
+        }
+        labels = {name: np.zeros(size, np.int16) for name in values}
+        for name, value in values.items():
+            labels[name][cell] = value
+        labels["offsets"] = np.zeros((size, 2), np.float32)
+        labels["offsets"][cell] = place - inside - 0.5
         return labels
+
+    def _changes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Onset and direction of every row, by comparing it with the same track's row of the frame before."""
+        rows = self.instances
+        clip = np.repeat(np.arange(len(self.num_frames)), self.num_frames)[rows[:, 0].astype(np.int64)]
+        order = np.lexsort((rows[:, 0], rows[:, 9], clip))
+        ordered, clip = rows[order], clip[order]
+        is_known = np.zeros(len(rows), bool)
+        is_known[1:] = (ordered[1:, 9] == ordered[:-1, 9]) & (clip[1:] == clip[:-1])
+        follows = is_known.copy()
+        follows[1:] &= ordered[1:, 0] == ordered[:-1, 0] + 1
+        step = np.zeros((len(rows), 2), np.float32)
+        step[1:] = np.where(follows[1:, None], ordered[1:, 2:4] - ordered[:-1, 2:4], 0.0)
+        is_across = np.abs(step[:, 0]) >= np.abs(step[:, 1])
+        direction = np.where(is_across, np.where(step[:, 0] < 0, 2, 3), np.where(step[:, 1] < 0, 4, 5))
+        direction = np.where(np.abs(step).max(axis=1) < MIN_STEP, 1, direction)
+        onset = np.where(follows, 1, np.where(is_known, 3, 2))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return onset[back], direction[back]
 
 
 def scene_job(scene: Scene, frame_times: np.ndarray) -> RenderJob:
@@ -110,9 +150,10 @@ def render(job: RenderJob, side: int, device: torch.device | str) -> Tensor:
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32).to(device)
     # One upload for all parts: a copy for each would wait for the device each time.
     instances = upload(torch.from_numpy(job.instances), device)
+    draw = _compiled_draw() if canvas.is_cuda else _draw
     start = 0
     for size in job.part_sizes:
-        _draw(canvas, instances[start : start + size], masks, palette, side, margin, bool(job.instances[start, 8]))
+        draw(canvas, instances[start : start + size], masks, palette, side, margin, bool(job.instances[start, 8]))
         start += size
     return canvas[:, margin : margin + side, margin : margin + side].clamp(0, 255).round().to(torch.uint8)
 
@@ -165,6 +206,12 @@ def _draw(canvas: Tensor, rows: Tensor, masks: Tensor, palette: Tensor, side: in
     below = flat[index]
     mixed = below + (OUTLINE - below) * rim[..., None]
     flat[index] = mixed + (inside - mixed) * fill[..., None]
+
+
+@lru_cache(maxsize=1)
+def _compiled_draw() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], None]:
+    """`_draw` as a few fused kernels: its sixty small operations a part would keep the host busier than the device."""
+    return torch.compile(_draw, dynamic=True)
 
 
 def _sample(masks: Tensor, sprite: Tensor, u_NW: Tensor, v_NH: Tensor, is_caption: bool) -> tuple[Tensor, Tensor]:

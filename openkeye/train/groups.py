@@ -9,7 +9,7 @@ from openkeye.train.optimizer import ParameterGroup
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "patch_embedding", "position_embedding")
 
 
-def parameter_groups(model: KeyeModel, cell_head: nn.Module, config: TrainConfig) -> list[ParameterGroup]:
+def parameter_groups(model: KeyeModel, heads: nn.Module, config: TrainConfig) -> list[ParameterGroup]:
     """Muon for the trunk's matrices; AdamW for embeddings, norms, biases, routers and the cell head; the indexer apart.
 
     Routers stay with AdamW: an orthogonalised update moves all experts' logits equally far, however small their gradient.
@@ -26,6 +26,6 @@ def parameter_groups(model: KeyeModel, cell_head: nn.Module, config: TrainConfig
             others.append(parameter)
     return [
         ParameterGroup("trunk", "muon", matrices, config.muon_rate, config.weight_decay),
-        ParameterGroup("rest", "adamw", [*others, *cell_head.parameters()], config.adamw_rate),
+        ParameterGroup("rest", "adamw", [*others, *heads.parameters()], config.adamw_rate),
         ParameterGroup("indexer", "adamw", indexer, config.indexer_rate),
     ]

@@ -11,9 +11,10 @@ from torch import Tensor
 from openkeye.data.hints import ANY, NUM_HOPS
 from openkeye.data.slot_batch import SlotBatch
 
-HINTED_LAYERS = (2, 3, 4)
+HINTED_LAYERS = (2, 3, 4, 3)
 # decoder layer of each hop; the first two layers gather times and neighbours
-HINTED_HEAD = 0
+HINTED_HEADS = (0, 0, 0, 4)
+# query head of each hop; 4 reads another KV head than 0 wherever there are two
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class AttentionHints:
     def losses(self, layer_index: int, query_BHLD: Tensor, key_BHLD: Tensor) -> list[Tensor]:
         """Mean of -log(attention on the hinted keys) for each hop that this layer serves."""
         return [
-            self._hop_loss(hop, query_BHLD[:, HINTED_HEAD], key_BHLD[:, HINTED_HEAD])
+            self._hop_loss(hop, query_BHLD[:, HINTED_HEADS[hop]], key_BHLD[:, HINTED_HEADS[hop]])
             for hop in range(NUM_HOPS)
             if HINTED_LAYERS[hop] == layer_index
         ]

@@ -6,7 +6,9 @@ over the visible set of each row: all causal positions in the warm-up, the selec
 over the groups instead of one KL a group gives the same gradient, since the two losses differ by a term free of the indexer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,14 +29,19 @@ class IndexerLoss:
 
 def index_scores(query_BRJI: Tensor, gates_BRJ: Tensor, key_BLI: Tensor) -> Tensor:
     """I[t, s] = sum_j gate[t, j] relu(q[t, j] . k[s]), float32 [B, R, L] (report, DSA equation)."""
-    scores: Tensor | None = None
-    key_BIL = key_BLI.transpose(1, 2)
-    # One head at a time: the [B, R, J, L] products never stand together.
-    for head in range(query_BRJI.shape[2]):
-        term = torch.relu(query_BRJI[:, :, head] @ key_BIL).float() * gates_BRJ[:, :, head, None].float()
-        scores = term if scores is None else scores + term
-    assert scores is not None
-    return scores
+    products_BRJL = (query_BRJI.flatten(1, 2) @ key_BLI.transpose(1, 2)).unflatten(1, query_BRJI.shape[1:3])
+    weigh = _compiled_weigh() if products_BRJL.is_cuda else _weigh
+    return weigh(products_BRJL, gates_BRJ)
+
+
+def _weigh(products_BRJL: Tensor, gates_BRJ: Tensor) -> Tensor:
+    return (torch.relu(products_BRJL).float() * gates_BRJ.float()[..., None]).sum(dim=2)
+
+
+@lru_cache(maxsize=1)
+def _compiled_weigh() -> Callable[[Tensor, Tensor], Tensor]:
+    """`_weigh` in one pass over the products, which are by far the largest tensor of a sparse step."""
+    return torch.compile(_weigh, dynamic=True)
 
 
 def indexer_loss(query_BHRD: Tensor, key_BHLD: Tensor, index: IndexerOutput, visible_BRL: Tensor, top_k: int) -> IndexerLoss:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openkeye.common.log import JsonLines
@@ -20,10 +19,14 @@ from openkeye.model.keye import KeyeModel
 from openkeye.train.checkpoint import load_state, prefixed, save_state, under
 from openkeye.train.config import StageConfig, TrainConfig
 from openkeye.train.groups import parameter_groups
+from openkeye.train.heads import CellHead, SightHead
 from openkeye.train.hint_loss import AttentionHints
 from openkeye.train.loss import answer_loss, balance_loss
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.slot_past import SlotPast
+
+SIGHT_LAYER = 2
+# the decoder layer after which cells must know what they have become since the frame before
 
 Batches = Callable[[int], Iterator[SlotBatch]]
 # from a first step to the batches of that step and all later ones, already on the device
@@ -54,22 +57,6 @@ def pad_pictures(patches: Patches, num_pictures: int) -> Patches:
     return Patches(pixels, torch.cat([patches.grid_thw, patches.grid_thw[:1].expand(missing, -1)]))
 
 
-class CellHead(nn.Module):
-    """Training-only: names colour and sprite whose centre lies in each merged cell, straight from the projected features."""
-
-    def __init__(self, hidden_size: int, num_colours: int, num_sprites: int) -> None:
-        super().__init__()
-        self.colour = nn.Linear(hidden_size, num_colours + 1)
-        self.sprite = nn.Linear(hidden_size, num_sprites + 1)
-
-    def loss(self, features_MD: Tensor, colours_M: Tensor, sprites_M: Tensor) -> Tensor:
-        """Mean cross entropy of both names, cells without a centre weighted down to one tenth."""
-        weight = torch.where(sprites_M > 0, 1.0, 0.1)
-        colour = F.cross_entropy(self.colour(features_MD).float(), colours_M, reduction="none")
-        sprite = F.cross_entropy(self.sprite(features_MD).float(), sprites_M, reduction="none")
-        return ((colour + sprite) * weight).sum() / weight.sum()
-
-
 class Trainer:
     """One run: the model, its optimizer and its place in the schedule."""
 
@@ -82,8 +69,14 @@ class Trainer:
         self.run_dir = run_dir
         self.device = next(model.parameters()).device
         dtype = next(model.parameters()).dtype
+        torch.manual_seed(config.seed)
+        # Heads are small and drawn on the host, so that every device begins alike.
         self.cell_head = CellHead(model.config.hidden_size, num_colours, num_sprites).to(self.device, dtype)
-        self.optimizer = Optimizer(parameter_groups(model, self.cell_head, config), clip=config.clip)
+        self.sight_head = SightHead(model.config.hidden_size).to(self.device, dtype)
+        heads = nn.ModuleList([self.cell_head, self.sight_head])
+        self.optimizer = Optimizer(parameter_groups(model, heads, config), clip=config.clip)
+        self.middle: Tensor | None = None
+        decoder_layers(model)[SIGHT_LAYER].register_forward_hook(self._keep_middle)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
         for layer in decoder_layers(model):
@@ -113,9 +106,13 @@ class Trainer:
         log = JsonLines(self.run_dir / "log.jsonl")
         started = last = saved = time.monotonic()
         iterator = batches(self.step_number)
+        waited = 0.0
         while self.step_number < self.config.num_steps and time.monotonic() - started < stop_after_seconds:
             stage, step_in_stage = self.config.stage_at(self.step_number)
-            self.step(next(iterator), stage, step_in_stage)
+            asked = time.monotonic()
+            batch = next(iterator)
+            waited += time.monotonic() - asked
+            self.step(batch, stage, step_in_stage)
             self.step_number += 1
             if self.step_number % self.config.log_every == 0 or self.step_number == self.config.num_steps:
                 now = time.monotonic()
@@ -124,7 +121,9 @@ class Trainer:
                     "stage": stage.name,
                     "seconds": now - started,
                     "ms_per_step": 1000 * (now - last) / self.config.log_every,
+                    "ms_for_batch": 1000 * waited / self.config.log_every,
                 }
+                waited = 0.0
                 last = now
                 log.write(**record)
                 if on_log is not None:
@@ -152,7 +151,7 @@ class Trainer:
         is_indexer_only = stage.trains == "indexer"
         self._set_trainable(is_indexer_only)
         features = self.model.encode_patches(pad_pictures(batch.patches, self.config.num_frames_per_step))
-        features = features[: batch.cell_sprites.shape[0]]
+        features = features[: batch.cells.sprites.shape[0]]
         embeds = self.model.embed(batch.input_ids_BL.flatten(), None, features)
         positions = batch.position_ids_3L.repeat(1, batch.num_clips)
         hidden = self.model(embeds, positions, past)
@@ -177,9 +176,13 @@ class Trainer:
             self._gather(**{f"hint_{hop}": loss for hop, loss in enumerate(past.hint_losses)})
         cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
         if cell_weight > 0:
-            cell = self.cell_head.loss(features, batch.cell_colours, batch.cell_sprites)
-            losses.append(cell_weight * cell)
-            self._gather(cell_loss=cell)
+            cell = self.cell_head.loss(features, batch.cells)
+            assert self.middle is not None
+            is_cell = batch.input_ids_BL.flatten() == self.model.config.video_token_id
+            cell_tokens = is_cell.nonzero_static(size=features.shape[0]).flatten()
+            sight = self.sight_head.loss(self.middle[cell_tokens], batch.cells)
+            losses.append(cell_weight * (cell + sight))
+            self._gather(cell_loss=cell, sight_loss=sight)
         if past.losses:
             losses.append(torch.stack([layer.loss for layer in past.losses]).mean())
             self._gather(indexer_loss=losses[-1])
@@ -194,6 +197,9 @@ class Trainer:
             rate *= min(1.0, (step_in_stage + 1) / stage.num_warmup_steps)
         norm = self.optimizer.step(rate, only="indexer" if is_indexer_only else None)
         self._gather(gradient_norm=norm)
+
+    def _keep_middle(self, _layer: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self.middle = output
 
     def _set_trainable(self, is_indexer_only: bool) -> None:
         """Freeze or release the trunk when a stage asks for it."""

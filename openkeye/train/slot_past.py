@@ -88,18 +88,20 @@ class SlotPast:
         """[B, R, L] bool: the top_k allowed keys of every row."""
         num_rows, num_keys = part.query_TJI.shape[1], part.key_TI.shape[1]
         selected = torch.zeros(self.num_clips, num_rows, num_keys, dtype=torch.bool, device=part.key_TI.device)
-        # Rows in slabs, so that the fp32 scores of a long clip never stand whole in memory.
-        slab = max(16, (1 << 28) // (4 * self.num_clips * num_keys))
+        # Rows in slabs, so that the scores of a long clip never stand whole in memory.
+        slab = max(16, (1 << 29) // (4 * self.num_clips * num_keys * part.query_TJI.shape[2]))
         for start in range(0, num_rows, slab):
             rows = slice(start, min(start + slab, num_rows))
-            scores = index_scores(part.query_TJI[:, rows], part.gates_TJ[:, rows], part.key_TI)
-            visible = _visible(allowed, rows, num_keys, scores.device)
+            # The prefix is causal: keys after the slab's last row are visible to none of its rows.
+            last = num_keys if allowed is not None else rows.stop
+            scores = index_scores(part.query_TJI[:, rows], part.gates_TJ[:, rows], part.key_TI[:, :last])
+            visible = _visible(allowed, rows, last, scores.device)
             # ReLU makes exact zeros common: among them the smaller position wins, as in answering.
-            scores = torch.where(scores == 0, -1e-30 * (1 + torch.arange(num_keys, device=scores.device)), scores)
+            scores = torch.where(scores == 0, -1e-30 * (1 + torch.arange(last, device=scores.device)), scores)
             scores.masked_fill_(~visible, -torch.inf)
-            best = scores.topk(min(self.top_k, num_keys), dim=-1, sorted=False).indices
-            selected[:, rows].scatter_(2, best, True)
-            selected[:, rows] &= visible
+            best = scores.topk(min(self.top_k, last), dim=-1, sorted=False).indices
+            selected[:, rows, :last].scatter_(2, best, True)
+            selected[:, rows, :last] &= visible
         return selected
 
     def _loss(

@@ -35,9 +35,27 @@ def test_drawing_is_deterministic_and_clips_do_not_mix():
 
 
 def test_cell_labels_name_what_is_centred_there():
-    colours, sprites, tracks = scene_job(one_circle(), np.array([1.5])).cell_labels(4)
-    assert np.flatnonzero(sprites).tolist() == [3 * 4 + 1]
-    assert (colours[13], sprites[13], tracks[13]) == (1, 1, 1)
+    labels = scene_job(one_circle(), np.array([1.5])).cell_labels(4)
+    assert np.flatnonzero(labels["sprites"]).tolist() == [3 * 4 + 1]
+    assert {name: int(labels[name][13]) for name in ("colours", "sprites", "tracks")} == {
+        "colours": 1,
+        "sprites": 1,
+        "tracks": 1,
+    }
+    assert np.allclose(labels["offsets"][13], [-0.5, -0.5])
+
+
+def test_cells_know_what_they_have_become():
+    path = ((0.0, 0.1, 0.4), (2.0, 0.9, 0.4))
+    mover = Track(0, 0, 0, 0, ((0.0, 2.0), (4.0, 6.0)), path, 0)
+    scene = Scene(0.0, 6.0, (mover,), GREY)
+    job = join_jobs([scene_job(scene, np.arange(0, 6, 0.5)), scene_job(scene, np.array([4.0, 4.5]))])
+    labels = job.cell_labels(4)
+    filled = np.flatnonzero(labels["sprites"])
+    assert (filled // 16).tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 12, 13]
+    # First appearance, three times the same, a return; the second clip begins anew.
+    assert labels["onsets"][filled].tolist() == [2, 1, 1, 1, 3, 1, 1, 1, 2, 1]
+    assert labels["directions"][filled].tolist() == [1, 3, 3, 3, 1, 1, 1, 1, 1, 1]
 
 
 def test_codec_damage_is_damage_and_not_another_picture():
