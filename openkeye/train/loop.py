@@ -77,7 +77,7 @@ class Trainer:
         self.optimizer = Optimizer(parameter_groups(model, heads, config), clip=config.clip)
         self.middle: Tensor | None = None
         decoder_layers(model)[SIGHT_LAYER].register_forward_hook(self._keep_middle)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.generator = torch.Generator(self.device)
         self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
         for layer in decoder_layers(model):
             layer.mlp.keeps_router_logits = True
@@ -138,6 +138,8 @@ class Trainer:
     def step(self, batch: SlotBatch, stage: StageConfig, step_in_stage: int) -> None:
         """One optimizer step; figures gather on the device and reach the host only when logged."""
         progress = step_in_stage / stage.num_steps
+        # Drawn from the step alone, so that a resumed run samples the same rows as one that never stopped.
+        self.generator.manual_seed(self.config.seed * 1_000_003 + self.step_number)
         past = SlotPast(
             batch.layout,
             batch.num_clips,
