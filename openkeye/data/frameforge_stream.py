@@ -163,6 +163,7 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
         "task_ids_BN": _task_ids(clips, config.num_slots),
         "token_tracks_BL": cell_map(tracks, num_clips, CELLS * CELLS, frames, layout),
         "token_frames_L": token_frames,
+        "cell_tokens": (np.arange(num_clips)[:, None] * layout.num_tokens + frames.cell_tokens(CELLS * CELLS)).ravel(),
         "hints": hint_table(hints),
     }
     return HostBatch(layout, arrays, cells, job, seed=config.seed * 1_000_003 + step)

@@ -38,6 +38,11 @@ class FrameLayout:
         """Index of a frame's first cell."""
         return self.first + frame * self.tokens_per_frame + self.text_tokens
 
+    def cell_tokens(self, num_cells: int) -> np.ndarray:
+        """[frames * cells] index of every cell in the clip, frame after frame."""
+        starts = self.cells(0) + np.arange(self.num_frames) * self.tokens_per_frame
+        return (starts[:, None] + np.arange(num_cells)).ravel()
+
 
 def answer_hints(
     row: int,
@@ -93,6 +98,5 @@ def hint_table(hints_of_clips: list[list[tuple[int, int, int, int, int]]]) -> np
 def cell_map(tracks: np.ndarray, num_clips: int, num_cells: int, frames: FrameLayout, layout: SlotLayout) -> np.ndarray:
     """Which track each token of each clip shows: [B, L] int16, 0 for none, from the [frames * cells] labels of all clips."""
     tokens = np.zeros((num_clips, layout.num_tokens), np.int16)
-    places = frames.cells(0) + np.arange(frames.num_frames)[:, None] * frames.tokens_per_frame + np.arange(num_cells)
-    tokens[:, places.ravel()] = tracks.reshape(num_clips, -1)
+    tokens[:, frames.cell_tokens(num_cells)] = tracks.reshape(num_clips, -1)
     return tokens

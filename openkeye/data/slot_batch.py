@@ -67,6 +67,8 @@ class SlotBatch:
     patches: Patches
     # every frame of every clip, clip after clip
     cells: CellLabels
+    cell_tokens: Tensor
+    # [M] int64 into the flattened B * L: the token of each cell, frame after frame
     token_tracks_BL: Tensor
     # int16: 1-based number of the thing whose centre lies in each cell token, 0 elsewhere
     token_frames_L: Tensor

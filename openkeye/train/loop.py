@@ -180,9 +180,7 @@ class Trainer:
         if cell_weight > 0:
             cell = self.cell_head.loss(features, batch.cells)
             assert self.middle is not None
-            is_cell = batch.input_ids_BL.flatten() == self.model.config.video_token_id
-            cell_tokens = is_cell.nonzero_static(size=features.shape[0]).flatten()
-            sight = self.sight_head.loss(self.middle[cell_tokens], batch.cells)
+            sight = self.sight_head.loss(self.middle[batch.cell_tokens], batch.cells)
             losses.append(cell_weight * (cell + sight))
             self._gather(cell_loss=cell, sight_loss=sight)
         if past.losses:

@@ -65,3 +65,11 @@ def test_hints_point_at_the_asked_thing_and_at_the_figures_to_be_said(text):
             assert (shown & (batch.token_frames_L == frame)).any() or frame >= 0
             num_checked += 1
     assert num_checked > 10
+
+
+def test_cell_tokens_are_the_pads_and_agree_with_the_labels(text):
+    batch = to_device(make_host_batch(CONFIG, text, 0), "cpu")
+    is_pad = batch.input_ids_BL.flatten() == text.video_pad
+    assert torch.equal(batch.cell_tokens, is_pad.nonzero().flatten())
+    shown = batch.token_tracks_BL.flatten()[batch.cell_tokens] > 0
+    assert torch.equal(shown, batch.cells.sprites > 0)
