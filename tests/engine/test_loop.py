@@ -122,3 +122,10 @@ def test_sampling_follows_its_seed_and_not_its_company(video):
 def test_the_answer_is_cut_at_the_limit_and_says_so(video):
     answer = Engine().generate(chat(video, QUESTIONS[0]), sampling=SamplingParameters(max_new_tokens=2))
     assert answer.finish_reason == "length" and answer.num_generated_tokens == 2
+
+
+def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(video):
+    # Pages of one token: the second time, every page of the prompt is in the cache.
+    engine = Engine(config=EngineConfig(page_size=1))
+    first, second = (engine.generate(chat(video, QUESTIONS[0])) for _ in range(2))
+    assert second.num_cached_tokens == second.num_prompt_tokens - 1 and second.text == first.text
