@@ -131,6 +131,7 @@ def print_figures(record: dict) -> None:
             "hint_1",
             "hint_2",
             "hint_3",
+            "hint_4",
             "indexer_loss",
             "indexer_recall",
             "indexer_mass",

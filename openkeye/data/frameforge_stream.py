@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_map, hint_table
+from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
 from openkeye.data.slot_batch import CellLabels, SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
@@ -143,12 +143,14 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
                     question.track + 1,
                     clip.frame_times,
                     frames,
-                    _seen_span(clip, question.track) if question.task == "motion" else None,
+                    _straight_span(clip, question.track) if question.task == "motion" else None,
                 )
     table = np.array(labels)
     job = join_jobs([clip.job for clip in clips])
     cells = job.cell_labels(CELLS)
     tracks = cells.pop("tracks")
+    for number, tracks_of_clip in enumerate(tracks.reshape(num_clips, -1)):
+        hints[number] += cell_hints(tracks_of_clip, CELLS * CELLS, frames)
     token_frames = np.full(layout.num_tokens, -1, np.int16)
     token_frames[frames.first : frames.first + num_frames * frames.tokens_per_frame] = np.repeat(
         np.arange(num_frames), frames.tokens_per_frame
@@ -169,9 +171,12 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     return HostBatch(layout, arrays, cells, job, seed=config.seed * 1_000_003 + step)
 
 
-def _seen_span(clip: TrainingClip, track: int) -> tuple[int, int] | None:
-    """First and last frame in which a track is drawn; None where no frame falls into its time."""
-    frames = clip.job.instances[clip.job.instances[:, 9] == track, 0]
+def _straight_span(clip: TrainingClip, track: int) -> tuple[int, int] | None:
+    """First and last frame in which a track is drawn and has not turned around; None where no frame falls into its time."""
+    frames = clip.job.instances[clip.job.instances[:, 9] == track, 0].astype(int)
+    turn_seconds = clip.scene.tracks[track].turn_seconds
+    if turn_seconds is not None:
+        frames = frames[clip.frame_times[frames] <= turn_seconds]
     return (int(frames.min()), int(frames.max())) if len(frames) else None
 
 

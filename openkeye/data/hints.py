@@ -2,12 +2,13 @@
 
 A training-only help. Finding a named object and copying the time of its first frame takes three hops of attention, and
 gradient descent on answers alone stays long on a plateau before it finds them. A hint names, for one row (a token of a
-slot) and one hop, the keys that hold what the row needs:
+slot, or a cell) and one hop, the keys that hold what the row needs:
 
     hop 0  the cells that show the asked thing, in any frame
     hop 1  the same cells in the frame whose time is being said
     hop 2  the token of that frame's time text which holds the very figure to be said next
     hop 3  the same cells in the thing's first frame, beside hop 1 in its last: where it came from and where it went
+    hop 4  for a cell: the same thing in the frame before, from which it has moved, or after which it has come back
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from openkeye.data.slot_batch import SlotLayout
 
-NUM_HOPS = 4
+NUM_HOPS = 5
 HINTS_PER_CLIP = 32
 # of each hop; the surplus of a clip is dropped
 COLUMNS = ("row", "track", "frame", "key")
@@ -62,7 +63,7 @@ def answer_hints(
         track: 1-based number of the asked thing in the clip.
         frame_times: [F] seconds of the clip's frames.
         frames: where their tokens are.
-        span: for questions about motion, the first and last frame of the thing.
+        span: for questions about motion, the first frame of the thing and the one to which it moves straight.
     """
     hints = [(0, row, track, ANY, ANY)]
     if span is not None:
@@ -82,6 +83,18 @@ def answer_hints(
                 hints.append((2, row + offset, track, frame, key))
         place = max(end, place + 1)
     return hints
+
+
+def cell_hints(tracks: np.ndarray, num_cells: int, frames: FrameLayout) -> list[tuple[int, int, int, int, int]]:
+    """Hop 4 of one clip from the labels of its frames * num_cells cells: at most HINTS_PER_CLIP rows, evenly over the clip."""
+    shown = tracks.reshape(-1, num_cells)
+    same = shown[1:, :, None] == shown[:-1, None, :]
+    frame, cell = np.nonzero((shown[1:] > 0) & same.any(axis=2))
+    picked = np.linspace(0, len(frame) - 1, min(len(frame), HINTS_PER_CLIP)).astype(int)
+    return [
+        (4, frames.cells(int(before) + 1) + int(place), int(shown[before + 1, place]), int(before), ANY)
+        for before, place in zip(frame[picked], cell[picked], strict=True)
+    ]
 
 
 def hint_table(hints_of_clips: list[list[tuple[int, int, int, int, int]]]) -> np.ndarray:

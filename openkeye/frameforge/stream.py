@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openkeye.frameforge.questions import Question, make_questions
 from openkeye.frameforge.render import RenderJob, scene_job
-from openkeye.frameforge.scene import SceneSettings, make_scene
+from openkeye.frameforge.scene import Scene, SceneSettings, make_scene
 
 TRAINING_SPACE = 0
 FILE_SPACE = 1
@@ -26,6 +26,7 @@ class TrainingClip:
 
     frame_times: np.ndarray
     # [N] seconds
+    scene: Scene
     job: RenderJob
     questions: list[Question]
 
@@ -43,7 +44,7 @@ def make_training_clip(seed: int, index: int, num_frames: int) -> TrainingClip:
     settings = SceneSettings(min_event_seconds=1.5 if num_frames <= 64 else 2.0)
     scene = make_scene(rng, start, start + spacing * num_frames, settings)
     questions = make_questions(scene, rng, frame_times)
-    return TrainingClip(frame_times, scene_job(scene, frame_times), questions)
+    return TrainingClip(frame_times, scene, scene_job(scene, frame_times), questions)
 
 
 def codec_like(frames_FHWC: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,25 +11,25 @@ from torch import Tensor
 from openkeye.data.hints import ANY, NUM_HOPS
 from openkeye.data.slot_batch import SlotBatch
 
-HINTED_LAYERS = (2, 3, 4, 3)
-# decoder layer of each hop; the first two layers gather times and neighbours
-HINTED_HEADS = (0, 0, 0, 4)
+HINTED_LAYERS = (2, 3, 4, 3, 1)
+# decoder layer of each hop; the first layer gathers times
+HINTED_HEADS = (0, 0, 0, 4, 0)
 # query head of each hop; 4 reads another KV head than 0 wherever there are two
 
 
 @dataclass(frozen=True)
 class AttentionHints:
-    """The hints of a batch, applied to one head of three layers."""
+    """The hints of a batch, each applied to one head of one layer."""
 
     batch: SlotBatch
 
-    def losses(self, layer_index: int, query_BHLD: Tensor, key_BHLD: Tensor) -> list[Tensor]:
-        """Mean of -log(attention on the hinted keys) for each hop that this layer serves."""
-        return [
-            self._hop_loss(hop, query_BHLD[:, HINTED_HEADS[hop]], key_BHLD[:, HINTED_HEADS[hop]])
+    def losses(self, layer_index: int, query_BHLD: Tensor, key_BHLD: Tensor) -> dict[int, Tensor]:
+        """Mean of -log(attention on the hinted keys) by hop, for the hops that this layer serves."""
+        return {
+            hop: self._hop_loss(hop, query_BHLD[:, HINTED_HEADS[hop]], key_BHLD[:, HINTED_HEADS[hop]])
             for hop in range(NUM_HOPS)
             if HINTED_LAYERS[hop] == layer_index
-        ]
+        }
 
     def _hop_loss(self, hop: int, query_BLD: Tensor, key_BLD: Tensor) -> Tensor:
         batch, layout = self.batch, self.batch.layout
@@ -38,7 +38,8 @@ class AttentionHints:
         logits = (picked @ key_BLD.transpose(1, 2)).float() * query_BLD.shape[-1] ** -0.5
         column = torch.arange(layout.num_tokens, device=logits.device)
         slot_start = layout.num_prefix + (row - layout.num_prefix) // layout.slot_length * layout.slot_length
-        is_visible = (column < layout.num_prefix) | ((column >= slot_start[..., None]) & (column <= row[..., None]))
+        is_visible = (column < layout.num_prefix) | (column >= slot_start[..., None])
+        is_visible &= column <= row[..., None]
         if hop == 2:
             is_target = column == key[..., None]
         else:

@@ -174,8 +174,8 @@ class Trainer:
                 self._gather_ratio(f"exact/{task}", answers.num_exact_by_task[number], answers.num_slots_by_task[number])
         if past.hint_losses:
             weight = stage.hint_weight_start + (stage.hint_weight_end - stage.hint_weight_start) * progress
-            losses.append(weight * torch.stack(past.hint_losses).mean())
-            self._gather(**{f"hint_{hop}": loss for hop, loss in enumerate(past.hint_losses)})
+            losses.append(weight * torch.stack(list(past.hint_losses.values())).mean())
+            self._gather(**{f"hint_{hop}": loss for hop, loss in past.hint_losses.items()})
         cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
         if cell_weight > 0:
             cell = self.cell_head.loss(features, batch.cells)

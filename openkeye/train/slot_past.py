@@ -33,7 +33,8 @@ class SlotPast:
     generator: torch.Generator | None = None
     losses: list[IndexerLoss] = field(default_factory=list)
     hints: AttentionHints | None = None
-    hint_losses: list[Tensor] = field(default_factory=list)
+    hint_losses: dict[int, Tensor] = field(default_factory=dict)
+    # by hop
 
     @property
     def needs_index(self) -> bool:
@@ -54,7 +55,7 @@ class SlotPast:
         key_BHLD = key_TGD.unflatten(0, shape).transpose(1, 2).repeat_interleave(group, dim=1)
         value_BHLD = value_TGD.unflatten(0, shape).transpose(1, 2).repeat_interleave(group, dim=1)
         if self.hints is not None:
-            self.hint_losses += self.hints.losses(layer_index, query_BHLD, key_BHLD)
+            self.hint_losses |= self.hints.losses(layer_index, query_BHLD, key_BHLD)
         if index is not None:
             index = IndexerOutput(
                 index.query_TJI.unflatten(0, shape), index.gates_TJ.unflatten(0, shape), index.key_TI.unflatten(0, shape)

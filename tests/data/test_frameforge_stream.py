@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from openkeye.data.frameforge_stream import ClipText, StreamConfig, make_host_batch, to_device
+from openkeye.data.frameforge_stream import ClipText, StreamConfig, _straight_span, make_host_batch, to_device
 from openkeye.frameforge.stream import make_training_clip
 from openkeye.inputs.encode import encode
 from openkeye.inputs.processor import Processor
@@ -65,6 +65,30 @@ def test_hints_point_at_the_asked_thing_and_at_the_figures_to_be_said(text):
             assert (shown & (batch.token_frames_L == frame)).any() or frame >= 0
             num_checked += 1
     assert num_checked > 10
+
+
+def test_a_cell_is_hinted_to_the_same_thing_in_the_frame_before(text):
+    batch = to_device(make_host_batch(CONFIG, text, 0), "cpu")
+    num_checked = 0
+    for clip in range(batch.num_clips):
+        for row, track, frame, _ in batch.hints[4, clip].tolist():
+            if row < 0:
+                continue
+            assert batch.token_tracks_BL[clip, row] == track and batch.token_frames_L[row] == frame + 1
+            assert ((batch.token_tracks_BL[clip] == track) & (batch.token_frames_L == frame)).any()
+            num_checked += 1
+    assert num_checked > 10
+
+
+def test_a_turning_thing_is_hinted_up_to_its_turn():
+    for index in range(40):
+        clip = make_training_clip(3, index, 48)
+        for number, track in enumerate(clip.scene.tracks):
+            if track.turn_seconds is not None:
+                first, last = _straight_span(clip, number)
+                assert track.intervals[0][0] <= clip.frame_times[first] < clip.frame_times[last] <= track.turn_seconds
+                return
+    raise AssertionError("no clip with a turn among 40")
 
 
 def test_cell_tokens_are_the_pads_and_agree_with_the_labels(text):
