@@ -5,6 +5,7 @@ python -m benchmarks.training_steps [--frames 16 60 600] [--steps 10]
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,11 +34,27 @@ def main() -> None:
     trainer = Trainer(model, config, list(TASKS), NUM_COLOURS, NUM_SPRITES, Path("runs/bench"))
     text = ClipText(Processor.load(config.model_dir))
 
+    print("| frames | attention | draw ms | step ms | draw and step ms | peak GiB |\n|---|---|---|---|---|---|")
+    with trainer.graphs.on_stream():
+        time_steps(arguments, trainer, text, device)
+
+
+def time_steps(arguments: argparse.Namespace, trainer: Trainer, text: ClipText, device: str) -> None:
+    """One row for every clip length and attention."""
+    config = trainer.config
+
     def synchronise() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    print("| frames | attention | draw ms | step ms | peak GiB |\n|---|---|---|---|---|")
+    def mean_ms(work: Callable[[], object]) -> float:
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(arguments.steps):
+            work()
+        synchronise()
+        return 1000 * (time.perf_counter() - start) / arguments.steps
+
     for frames in arguments.frames:
         shape = (config.num_frames_per_step, config.num_slots, config.slot_length)
         stream = StreamConfig(config.model_dir, 0, *shape, lambda _, frames=frames: frames)
@@ -45,29 +62,22 @@ def main() -> None:
         for attention, rows in (("dense", 0), ("sparse", 96)):
             stage = StageConfig("bench", 100, (frames,), attention=attention, num_indexer_rows=rows, cell_weight_start=0.5)
             batch = to_device(host_batch, device)
-            for _ in range(3):
-                trainer.step(batch, stage, 0)
-            synchronise()
+            # Step 1 of a stage keeps no extra figures; a few runs compile and record it.
+            for _ in range(4):
+                trainer.step(batch, stage, 1)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            for _ in range(arguments.steps):
-                batch = to_device(host_batch, device)
-            synchronise()
-            draw = (time.perf_counter() - start) / arguments.steps
-            start = time.perf_counter()
-            for _ in range(arguments.steps):
-                trainer.step(batch, stage, 0)
-            synchronise()
-            step = (time.perf_counter() - start) / arguments.steps
-            peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-            print(f"| {frames} | {attention} | {1000 * draw:.1f} | {1000 * step:.1f} | {peak:.1f} |", flush=True)
+            draw = mean_ms(lambda host_batch=host_batch: to_device(host_batch, device))
+            step = mean_ms(lambda batch=batch, stage=stage: trainer.step(batch, stage, 1))
+            both = mean_ms(lambda host_batch=host_batch, stage=stage: trainer.step(to_device(host_batch, device), stage, 1))
+            peak = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0.0
+            print(f"| {frames} | {attention} | {draw:.1f} | {step:.1f} | {both:.1f} | {peak:.1f} |", flush=True)
             if arguments.profile:
                 activities = [torch.profiler.ProfilerActivity.CPU]
                 if device == "cuda":
                     activities.append(torch.profiler.ProfilerActivity.CUDA)
                 with torch.profiler.profile(activities=activities) as profile:
-                    trainer.step(batch, stage, 0)
+                    trainer.step(batch, stage, 1)
                     synchronise()
                 key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
                 print(profile.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=60), flush=True)

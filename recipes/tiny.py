@@ -140,7 +140,8 @@ def print_figures(record: dict) -> None:
         )
         if name in record
     )
-    print(f"{record['step']:6d} {record['seconds']:6.0f} s {record['ms_per_step']:5.0f} ms  {tasks}  {others}", flush=True)
+    pace = f"{record['ms_per_step']:5.0f} ms ({record['ms_for_batch']:.0f} for the batch)"
+    print(f"{record['step']:6d} {record['seconds']:6.0f} s {pace}  {tasks}  {others}", flush=True)
 
 
 def main() -> int:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from openkeye.common.device import upload
 from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
-from openkeye.data.slot_batch import CellLabels, SlotBatch, SlotLayout
+from openkeye.data.slot_batch import NO_LABEL, CellLabels, SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
-from openkeye.frameforge.render import RenderJob, join_jobs, render, upload
+from openkeye.frameforge.render import RenderJob, join_jobs, render
 from openkeye.frameforge.stream import TrainingClip, codec_like, make_training_clip
 from openkeye.inputs.patches import patches_from_pixels
 from openkeye.inputs.positions import position_ids
@@ -25,6 +26,8 @@ from openkeye.inputs.processor import Processor
 FRAME_SIDE = 112
 # pixels; 8 x 8 patches, 4 x 4 merged cells
 CELLS = 4
+LABELS_PER_CLIP = 192
+# room for the answers of a clip: one length for all batches of a layout lets a step be recorded and replayed
 NUM_COLOURS = len(COLOUR_NAMES)
 NUM_SPRITES = len(SPRITES)
 
@@ -117,7 +120,10 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     layout = SlotLayout(len(prefixes[0]), config.num_slots, config.slot_length)
     frames = text.frame_layout(prefixes[0], num_frames)
     input_ids = np.zeros((num_clips, layout.num_tokens), np.int32)
-    labels: list[tuple[int, int, int]] = []
+    # Unused rows point at different places: sums over many rows of one place are slow.
+    labels = np.array([np.arange(num_clips * LABELS_PER_CLIP), *[np.zeros(num_clips * LABELS_PER_CLIP, int)] * 2]).T
+    labels[:, 1] = NO_LABEL
+    num_labels = 0
     hints: list[list[tuple[int, int, int, int, int]]] = [[] for _ in clips]
     for number, (clip, prefix) in enumerate(zip(clips, prefixes, strict=True)):
         assert len(prefix) == layout.num_prefix, "the frame text must have one length for every time"
@@ -129,9 +135,9 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
             input_ids[number, start : start + len(ids)] = ids
             row = start + answer_start - 1
             first = number * layout.num_tokens + row
-            labels += [
-                (first + place, token, number * config.num_slots + slot) for place, token in enumerate(ids[answer_start:])
-            ]
+            for place, token in enumerate(ids[answer_start:]):
+                labels[num_labels] = first + place, token, number * config.num_slots + slot
+                num_labels += 1
             for track, name in question.mentions:
                 named = text.encode(question.text[: question.text.index(name) + len(name)])
                 hints[number].append((0, start + len(named) - 1, track + 1, ANY, ANY))
@@ -145,7 +151,6 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
                     frames,
                     _straight_span(clip, question.track) if question.task == "motion" else None,
                 )
-    table = np.array(labels)
     job = join_jobs([clip.job for clip in clips])
     cells = job.cell_labels(CELLS)
     tracks = cells.pop("tracks")
@@ -158,9 +163,9 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     positions = slot_positions(_without_times(prefixes[0], text, num_frames), num_frames, text.video_pad, layout)
     arrays = {
         "input_ids_BL": input_ids,
-        "label_positions": table[:, 0],
-        "label_ids": table[:, 1],
-        "label_slots": table[:, 2],
+        "label_positions": labels[:, 0],
+        "label_ids": labels[:, 1],
+        "label_slots": labels[:, 2],
         "position_ids_3L": positions.numpy().astype(np.int32),
         "task_ids_BN": _task_ids(clips, config.num_slots),
         "token_tracks_BL": cell_map(tracks, num_clips, CELLS * CELLS, frames, layout),

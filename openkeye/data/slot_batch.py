@@ -13,6 +13,9 @@ from torch import Tensor
 
 from openkeye.inputs.patches import Patches
 
+NO_LABEL = -100
+# pads the list of labels to one length for every batch of a layout
+
 
 @dataclass(frozen=True)
 class SlotLayout:
@@ -57,7 +60,7 @@ class SlotBatch:
     label_positions: Tensor
     # [n] int64 into the flattened B * L: positions whose next token is part of an answer
     label_ids: Tensor
-    # [n] int64: that next token
+    # [n] int64: that next token, or NO_LABEL
     label_slots: Tensor
     # [n] int64 into the flattened B * N
     position_ids_3L: Tensor

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from openkeye.common.device import upload
 from openkeye.frameforge.atlas import CELL_ASPECT, atlas_masks
 from openkeye.frameforge.catalogue import CAPTION_HALF_HEIGHT, COLOURS, HALF_SIZES
 from openkeye.frameforge.scene import BACKGROUNDS, Background, Scene
@@ -141,28 +142,26 @@ def join_jobs(jobs: list[RenderJob]) -> RenderJob:
 def render(job: RenderJob, side: int, device: torch.device | str) -> Tensor:
     """Draw a job on square canvases: uint8 [F, side, side, 3]."""
     margin = int(side * (HALF_SIZES[1] * 1.2 + CAPTION_HALF_HEIGHT * CELL_ASPECT)) + 2
-    clip_of_frame = torch.repeat_interleave(
-        torch.arange(len(job.num_frames)), torch.tensor(job.num_frames), output_size=sum(job.num_frames)
-    ).to(device)
+    # Every upload here goes through `upload`: one blocking copy would make the host wait for all work before it.
+    clip_of_frame = upload(torch.from_numpy(np.repeat(np.arange(len(job.num_frames)), job.num_frames)), device)
     backgrounds = _backgrounds(job, side, device)
     canvas = F.pad(backgrounds, (0, 0, margin, margin, margin, margin))[clip_of_frame]
     masks = atlas_masks(side, torch.device(device))
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32).to(device)
+    palette = _palette(torch.device(device))
     # One upload for all parts: a copy for each would wait for the device each time.
     instances = upload(torch.from_numpy(job.instances), device)
-    draw = _compiled_draw() if canvas.is_cuda else _draw
     start = 0
     for size in job.part_sizes:
+        # A single row would be compiled anew, since compilers treat a size of 1 apart.
+        draw = _draw_compiled if canvas.is_cuda and size > 1 else _draw
         draw(canvas, instances[start : start + size], masks, palette, side, margin, bool(job.instances[start, 8]))
         start += size
     return canvas[:, margin : margin + side, margin : margin + side].clamp(0, 255).round().to(torch.uint8)
 
 
-def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device, through pinned memory where that lets the copy run while the host goes on."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+@lru_cache(maxsize=2)
+def _palette(device: torch.device) -> Tensor:
+    return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
 
 
 def _in_drawing_order(instances: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -208,10 +207,19 @@ def _draw(canvas: Tensor, rows: Tensor, masks: Tensor, palette: Tensor, side: in
     flat[index] = mixed + (inside - mixed) * fill[..., None]
 
 
+def _draw_compiled(
+    canvas: Tensor, rows: Tensor, masks: Tensor, palette: Tensor, side: int, margin: int, is_caption: bool
+) -> None:
+    """`_draw` as a few fused kernels: its sixty small operations a part would keep the host busier than the device."""
+    # Frames and rows vary from batch to batch; everything else is best known to the compiler.
+    torch._dynamo.maybe_mark_dynamic(canvas, 0)
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    _compiled_draw()(canvas, rows, masks, palette, side, margin, is_caption)
+
+
 @lru_cache(maxsize=1)
 def _compiled_draw() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], None]:
-    """`_draw` as a few fused kernels: its sixty small operations a part would keep the host busier than the device."""
-    return torch.compile(_draw, dynamic=True)
+    return torch.compile(_draw)
 
 
 def _sample(masks: Tensor, sprite: Tensor, u_NW: Tensor, v_NH: Tensor, is_caption: bool) -> tuple[Tensor, Tensor]:
@@ -249,7 +257,7 @@ def _texture(texture: Tensor, u_NW: Tensor, v_NH: Tensor) -> Tensor:
 
 def _backgrounds(job: RenderJob, side: int, device: torch.device | str) -> Tensor:
     """[B, side, side, 3] float32."""
-    table = torch.from_numpy(job.backgrounds).to(device)
+    table = upload(torch.from_numpy(job.backgrounds), device)
     kind, first, second, angle = table[:, 0], table[:, 1:4], table[:, 4:7], table[:, 7]
     line = torch.linspace(-1, 1, side, device=device)
     ramp = (line[None, None, :] * angle.cos()[:, None, None] + line[None, :, None] * angle.sin()[:, None, None]) * 0.35 + 0.5

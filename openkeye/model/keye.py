@@ -59,8 +59,9 @@ class KeyeModel(nn.Module):
                 raise InputError(
                     f"the prompt holds {int(is_pad.sum())} pads of token {token_id} for {vectors.shape[0]} vectors"
                 )
-            # masked_scatter fills in order without asking the device how many pads there are.
-            embeds = embeds.masked_scatter(is_pad[:, None], vectors.to(embeds.dtype))
+            # Sorting finds the pads in order without asking the device how many there are, backward included.
+            pads = (~is_pad).byte().argsort(stable=True)[: vectors.shape[0]]
+            embeds = embeds.index_copy(0, pads, vectors.to(embeds.dtype))
         return embeds
 
     def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past) -> Tensor:

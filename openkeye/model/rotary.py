@@ -12,8 +12,9 @@ def mrope_table(position_ids_3T: Tensor, sections: tuple[int, ...], theta: float
     half = sum(sections)
     device = position_ids_3T.device
     frequencies = _frequencies(half, theta, device)
-    axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(sections, device=device), output_size=half)
-    angles = position_ids_3T[axis].t().float() * frequencies
+    # Rows repeated by hand: an index made on the host would be a copy that waits for the device.
+    positions = torch.cat([row.expand(count, -1) for row, count in zip(position_ids_3T, sections, strict=True)])
+    angles = positions.t().float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

@@ -6,11 +6,13 @@ A run is a list of stages (`config.py`); it can stop after any step and resume, 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from openkeye.common.device import upload
 from openkeye.common.log import JsonLines
 from openkeye.data.slot_batch import SlotBatch
 from openkeye.inputs.patches import Patches
@@ -24,6 +26,7 @@ from openkeye.train.hint_loss import AttentionHints
 from openkeye.train.loss import answer_loss, balance_loss
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.slot_past import SlotPast
+from openkeye.train.step_graphs import StepGraphs
 
 SIGHT_LAYER = 2
 # the decoder layer after which cells must know what they have become since the frame before
@@ -57,6 +60,48 @@ def pad_pictures(patches: Patches, num_pictures: int) -> Patches:
     return Patches(pixels, torch.cat([patches.grid_thw, patches.grid_thw[:1].expand(missing, -1)]))
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """What decides which operations a step consists of."""
+
+    num_clips: int
+    num_tokens: int
+    attention: str
+    trains: str
+    has_answers: bool
+    has_hints: bool
+    has_cells: bool
+    num_loss_rows: int
+    wants_figures: bool
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What changes from step to step, all on the device."""
+
+    batch: SlotBatch
+    weights: Tensor
+    # [4]: share of the peak learning rates; weights of answers, hints and cells
+    loss_rows: Tensor
+    # [layers, 2, R] (`SlotPast.loss_rows`)
+
+
+@dataclass
+class Figures:
+    """What a step reports: (numerator, denominator) by name, on the device."""
+
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+
+    def means(self, **figures: Tensor) -> None:
+        """Figures to be averaged over steps."""
+        for name, figure in figures.items():
+            self.ratio(name, figure.detach(), torch.ones_like(figure))
+
+    def ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
+        """A figure to be averaged over what the denominator counts."""
+        self.pairs[name] = torch.stack([numerator, denominator]).float()
+
+
 class Trainer:
     """One run: the model, its optimizer and its place in the schedule."""
 
@@ -77,7 +122,7 @@ class Trainer:
         self.optimizer = Optimizer(parameter_groups(model, heads, config), clip=config.clip)
         self.middle: Tensor | None = None
         decoder_layers(model)[SIGHT_LAYER].register_forward_hook(self._keep_middle)
-        self.generator = torch.Generator(self.device)
+        self.graphs = StepGraphs(self.compute, self.device)
         self.task_weights = torch.tensor([config.task_weights.get(task, 1.0) for task in tasks], device=self.device)
         for layer in decoder_layers(model):
             layer.mlp.keeps_router_logits = True
@@ -103,6 +148,10 @@ class Trainer:
         self, batches: Batches, stop_after_seconds: float = float("inf"), on_log: Callable[[dict], None] | None = None
     ) -> bool:
         """Train until the last step or the time limit, then save. Returns True where the run is finished."""
+        with self.graphs.on_stream():
+            return self._run(batches, stop_after_seconds, on_log)
+
+    def _run(self, batches: Batches, stop_after_seconds: float, on_log: Callable[[dict], None] | None) -> bool:
         log = JsonLines(self.run_dir / "log.jsonl")
         started = last = saved = time.monotonic()
         iterator = batches(self.step_number)
@@ -138,65 +187,92 @@ class Trainer:
     def step(self, batch: SlotBatch, stage: StageConfig, step_in_stage: int) -> None:
         """One optimizer step; figures gather on the device and reach the host only when logged."""
         progress = step_in_stage / stage.num_steps
-        # Drawn from the step alone, so that a resumed run samples the same rows as one that never stopped.
-        self.generator.manual_seed(self.config.seed * 1_000_003 + self.step_number)
+        rate = stage.rate_start + (stage.rate_end - stage.rate_start) * progress
+        if stage.num_warmup_steps:
+            rate *= min(1.0, (step_in_stage + 1) / stage.num_warmup_steps)
+        hint_weight = stage.hint_weight_start + (stage.hint_weight_end - stage.hint_weight_start) * progress
+        cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
+        plan = StepPlan(
+            num_clips=batch.num_clips,
+            num_tokens=batch.layout.num_tokens,
+            attention=stage.attention,
+            trains=stage.trains,
+            has_answers=stage.answer_weight > 0,
+            has_hints=max(stage.hint_weight_start, stage.hint_weight_end) > 0,
+            has_cells=max(stage.cell_weight_start, stage.cell_weight_end) > 0,
+            num_loss_rows=stage.num_indexer_rows,
+            wants_figures=stage.num_indexer_rows > 0 and step_in_stage % 10 == 0,
+        )
+        # Drawn on the host from the step alone, so that a resumed run samples the same rows as one that never stopped.
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step_number)
+        rows = torch.rand(len(decoder_layers(self.model)), 2, stage.num_indexer_rows, generator=generator)
+        weights = torch.tensor([rate, stage.answer_weight, hint_weight, cell_weight])
+        inputs = StepInputs(batch, upload(weights, self.device), upload(rows, self.device))
+        for name, pair in self.graphs.run(plan, inputs, is_repeated=not plan.wants_figures).items():
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair.clone()
+
+    def compute(self, plan: StepPlan, inputs: StepInputs) -> dict[str, Tensor]:
+        """Losses, gradients and update of one step; returns the figures as (numerator, denominator) by name.
+
+        Recorded and replayed (`StepGraphs`): nothing here may wait for the device or depend on a value there.
+        """
+        batch = inputs.batch
+        rate, answer_weight, hint_weight, cell_weight = inputs.weights.unbind()
         past = SlotPast(
             batch.layout,
             batch.num_clips,
-            attention=stage.attention,
+            attention=plan.attention,
             top_k=self.model.config.indexer.top_k,
-            num_loss_rows=stage.num_indexer_rows,
-            wants_figures=step_in_stage % 10 == 0,
-            generator=self.generator,
-            hints=AttentionHints(batch) if stage.hint_weight_start > 0 else None,
+            loss_rows=inputs.loss_rows if plan.num_loss_rows else None,
+            wants_figures=plan.wants_figures,
+            hints=AttentionHints(batch) if plan.has_hints else None,
         )
-        is_indexer_only = stage.trains == "indexer"
+        is_indexer_only = plan.trains == "indexer"
         self._set_trainable(is_indexer_only)
         features = self.model.encode_patches(pad_pictures(batch.patches, self.config.num_frames_per_step))
         features = features[: batch.cells.sprites.shape[0]]
         embeds = self.model.embed(batch.input_ids_BL.flatten(), None, features)
         positions = batch.position_ids_3L.repeat(1, batch.num_clips)
         hidden = self.model(embeds, positions, past)
+        figures = Figures()
         losses: list[Tensor] = []
-        if stage.answer_weight:
-            answers = answer_loss(
-                self.model.logits(hidden[batch.label_positions]),
-                batch.label_ids,
-                batch.label_slots,
-                batch.task_ids_BN.flatten(),
-                self.task_weights,
-            )
-            logits = [layer.mlp.router_logits for layer in decoder_layers(self.model) if layer.mlp.router_logits is not None]
-            balance = balance_loss(logits, self.model.config.num_experts_per_tok)
-            losses += [stage.answer_weight * answers.loss, self.config.balance_weight * balance]
-            self._gather(answer_loss=answers.loss, balance=balance)
-            for number, task in enumerate(self.tasks):
-                self._gather_ratio(f"exact/{task}", answers.num_exact_by_task[number], answers.num_slots_by_task[number])
-        if past.hint_losses:
-            weight = stage.hint_weight_start + (stage.hint_weight_end - stage.hint_weight_start) * progress
-            losses.append(weight * torch.stack(list(past.hint_losses.values())).mean())
-            self._gather(**{f"hint_{hop}": loss for hop, loss in past.hint_losses.items()})
-        cell_weight = stage.cell_weight_start + (stage.cell_weight_end - stage.cell_weight_start) * progress
-        if cell_weight > 0:
+        if plan.has_answers:
+            losses += self._answer_losses(batch, hidden, answer_weight, figures)
+        if plan.has_hints:
+            losses.append(hint_weight * torch.stack(list(past.hint_losses.values())).mean())
+            figures.means(**{f"hint_{hop}": loss for hop, loss in past.hint_losses.items()})
+        if plan.has_cells:
             cell = self.cell_head.loss(features, batch.cells)
             assert self.middle is not None
             sight = self.sight_head.loss(self.middle[batch.cell_tokens], batch.cells)
             losses.append(cell_weight * (cell + sight))
-            self._gather(cell_loss=cell, sight_loss=sight)
+            figures.means(cell_loss=cell, sight_loss=sight)
         if past.losses:
             losses.append(torch.stack([layer.loss for layer in past.losses]).mean())
-            self._gather(indexer_loss=losses[-1])
-            if past.wants_figures:
-                self._gather(
+            figures.means(indexer_loss=losses[-1])
+            if plan.wants_figures:
+                figures.means(
                     indexer_recall=torch.stack([layer.recall for layer in past.losses if layer.recall is not None]).mean(),
                     indexer_mass=torch.stack([layer.mass for layer in past.losses if layer.mass is not None]).mean(),
                 )
         torch.stack(losses).sum().backward()
-        rate = stage.rate_start + (stage.rate_end - stage.rate_start) * progress
-        if stage.num_warmup_steps:
-            rate *= min(1.0, (step_in_stage + 1) / stage.num_warmup_steps)
-        norm = self.optimizer.step(rate, only="indexer" if is_indexer_only else None)
-        self._gather(gradient_norm=norm)
+        figures.means(gradient_norm=self.optimizer.step(rate, only="indexer" if is_indexer_only else None))
+        return figures.pairs
+
+    def _answer_losses(self, batch: SlotBatch, hidden: Tensor, weight: Tensor, figures: Figures) -> list[Tensor]:
+        answers = answer_loss(
+            self.model.logits(hidden[batch.label_positions]),
+            batch.label_ids,
+            batch.label_slots,
+            batch.task_ids_BN.flatten(),
+            self.task_weights,
+        )
+        logits = [layer.mlp.router_logits for layer in decoder_layers(self.model) if layer.mlp.router_logits is not None]
+        balance = balance_loss(logits, self.model.config.num_experts_per_tok)
+        figures.means(answer_loss=answers.loss, balance=balance)
+        for number, task in enumerate(self.tasks):
+            figures.ratio(f"exact/{task}", answers.num_exact_by_task[number], answers.num_slots_by_task[number])
+        return [weight * answers.loss, self.config.balance_weight * balance]
 
     def _keep_middle(self, _layer: nn.Module, _inputs: tuple, output: Tensor) -> None:
         self.middle = output
@@ -208,14 +284,6 @@ class Trainer:
         self.is_trunk_frozen = is_indexer_only
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("sa_indexer" in name or not is_indexer_only)
-
-    def _gather(self, **figures: Tensor) -> None:
-        for name, figure in figures.items():
-            self._gather_ratio(name, figure.detach(), torch.ones_like(figure))
-
-    def _gather_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
-        pair = torch.stack([numerator, denominator]).float()
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def _drain_sums(self) -> dict[str, float]:
         values: dict[str, float] = defaultdict(float)

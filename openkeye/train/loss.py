@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openkeye.data.slot_batch import NO_LABEL
+
 
 @dataclass(frozen=True)
 class AnswerLoss:
@@ -25,7 +27,7 @@ def answer_loss(
 
     Args:
         logits_NV: [n, V] at the positions that predict an answer token.
-        targets_N: [n] the tokens to predict.
+        targets_N: [n] the tokens to predict; NO_LABEL pads the list and counts for nothing.
         slots_N: [n] which slot of the batch each belongs to.
         tasks_of_slots: [slots] task of each slot.
         task_weights: [tasks] float32.
@@ -34,13 +36,14 @@ def answer_loss(
     """
     num_tasks = task_weights.shape[0]
     tasks_N = tasks_of_slots[slots_N]
-    token_loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    token_loss = F.cross_entropy(logits_NV.float(), targets_N, ignore_index=NO_LABEL, reduction="none")
+    is_label = (targets_N != NO_LABEL).float()
     sums = token_loss.new_zeros(num_tasks).index_add(0, tasks_N, token_loss)
-    counts = token_loss.new_zeros(num_tasks).index_add(0, tasks_N, torch.ones_like(token_loss))
+    counts = token_loss.new_zeros(num_tasks).index_add(0, tasks_N, is_label)
     weights = task_weights * (counts > 0)
     loss = (weights * sums / counts.clamp_min(1)).sum() / weights.sum().clamp_min(1e-6)
     with torch.no_grad():
-        wrong = (logits_NV.argmax(dim=-1) != targets_N).float()
+        wrong = (logits_NV.argmax(dim=-1) != targets_N).float() * is_label
         num_wrong = wrong.new_zeros(tasks_of_slots.shape[0]).index_add(0, slots_N, wrong)
         ones = torch.ones_like(num_wrong)
         num_slots = wrong.new_zeros(num_tasks).index_add(0, tasks_of_slots, ones)

@@ -58,21 +58,23 @@ class _Bundle:
 class Optimizer:
     """Steps on fp32 master weights and copies them into the (bf16 or fp32) parameters.
 
-    A step whose gradient is not finite changes nothing but the momenta, and is counted in `num_skipped` on the device.
+    A step whose gradient is not finite changes nothing but the momenta, and is counted in `num_skipped`. Counts and rates stay
+    on the device, so that a step can be recorded once and replayed.
     """
 
     def __init__(self, groups: list[ParameterGroup], clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.98)) -> None:
         self.clip = clip
         self.betas = betas
-        self.num_steps = 0
         self.bundles = [bundle for group in groups for bundle in _bundles(group)]
+        self.num_steps = self.bundles[0].master.new_zeros(())
         self.num_skipped = self.bundles[0].master.new_zeros(())
 
     @torch.no_grad()
-    def step(self, learning_rate_scale: float, only: str | None = None) -> Tensor:
+    def step(self, learning_rate_scale: Tensor, only: str | None = None) -> Tensor:
         """One update from the parameters' gradients, which are then dropped. Returns the gradient norm before clipping.
 
-        With `only`, the other groups stay as they are, momenta included.
+        `learning_rate_scale` (a 0-dimensional float32 tensor) multiplies the groups' peak rates. With `only`, the other
+        groups stay as they are, momenta included.
         """
         self.num_steps += 1
         bundles = [bundle for bundle in self.bundles if only is None or bundle.group.name == only]
@@ -98,16 +100,16 @@ class Optimizer:
                 parameter.grad = None
         return norm
 
-    def _adamw(self, bundle: _Bundle, gradient: Tensor, rate: float) -> None:
+    def _adamw(self, bundle: _Bundle, gradient: Tensor, rate: Tensor) -> None:
         beta_1, beta_2 = self.betas
         bundle.first.lerp_(gradient, 1 - beta_1)
         bundle.second.mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-        denominator = (bundle.second.sqrt() / (1 - beta_2**self.num_steps) ** 0.5).add_(1e-8)
-        bundle.master.addcdiv_(bundle.first, denominator, value=-rate / (1 - beta_1**self.num_steps))
+        denominator = (bundle.second.sqrt() / (1 - beta_2**self.num_steps).sqrt()).add_(1e-8)
+        bundle.master.sub_((bundle.first / denominator).mul_(rate / (1 - beta_1**self.num_steps)))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
-        state = {"num_steps": torch.tensor(self.num_steps), "num_skipped": self.num_skipped}
+        state = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
         for number, bundle in enumerate(self.bundles):
             state[f"master.{number}"] = bundle.master
             state[f"first.{number}"] = bundle.first
@@ -118,7 +120,7 @@ class Optimizer:
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Take up the state of an earlier `state_tensors` of the same groups; the parameters follow the master weights."""
-        self.num_steps = int(state["num_steps"])
+        self.num_steps.copy_(state["num_steps"])
         self.num_skipped.copy_(state["num_skipped"])
         for number, bundle in enumerate(self.bundles):
             bundle.master.copy_(state[f"master.{number}"])
@@ -140,14 +142,14 @@ def _bundles(group: ParameterGroup) -> list[_Bundle]:
     return [_Bundle(group, parameters, is_stack=True) for parameters in by_shape.values()]
 
 
-def _muon(bundle: _Bundle, gradient: Tensor, rate: float) -> None:
+def _muon(bundle: _Bundle, gradient: Tensor, rate: Tensor) -> None:
     narrow = gradient.bfloat16()
     bundle.first.lerp_(narrow, 1 - MUON_MOMENTUM)
     # Nesterov: look one momentum step ahead.
     ahead = narrow.lerp_(bundle.first, MUON_MOMENTUM)
     shape = ahead.shape
     direction = orthogonalise(ahead.reshape(-1, *shape[-2:])).reshape(shape)
-    bundle.master.add_(direction, alpha=-rate * 0.2 * max(shape[-2:]) ** 0.5)
+    bundle.master.sub_(direction * (rate * 0.2 * max(shape[-2:]) ** 0.5))
 
 
 def orthogonalise(matrices_NRC: Tensor, num_iterations: int = 5) -> Tensor:

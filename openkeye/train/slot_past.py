@@ -20,17 +20,17 @@ class SlotPast:
     """Attention inside clips: the prefix is causal, each slot sees the prefix and itself.
 
     With `attention="sparse"` each query attends to the `top_k` positions that the indexer scores highest among those it
-    may see. With `num_loss_rows > 0` the indexer's KL is measured on that many random prefix rows and slot rows of every clip.
+    may see. With `loss_rows` the indexer's KL is measured on as many prefix rows and slot rows of every clip.
     """
 
     layout: SlotLayout
     num_clips: int
     attention: str = "dense"
     top_k: int = 0
-    num_loss_rows: int = 0
+    loss_rows: Tensor | None = None
+    # [layers, 2, R] in 0..1: which rows of the prefix and of the slots, as shares of their number
     wants_figures: bool = True
     # recall and mass of the indexer's choice beside its loss
-    generator: torch.Generator | None = None
     losses: list[IndexerLoss] = field(default_factory=list)
     hints: AttentionHints | None = None
     hint_losses: dict[int, Tensor] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class SlotPast:
 
     @property
     def needs_index(self) -> bool:
-        return self.attention == "sparse" or self.num_loss_rows > 0
+        return self.attention == "sparse" or self.loss_rows is not None
 
     def attend(
         self,
@@ -60,11 +60,19 @@ class SlotPast:
             index = IndexerOutput(
                 index.query_TJI.unflatten(0, shape), index.gates_TJ.unflatten(0, shape), index.key_TI.unflatten(0, shape)
             )
-        outputs = [self._attend_part(query_BHLD, key_BHLD, value_BHLD, index, is_prefix) for is_prefix in (True, False)]
+        outputs = [
+            self._attend_part(layer_index, query_BHLD, key_BHLD, value_BHLD, index, is_prefix) for is_prefix in (True, False)
+        ]
         return torch.cat(outputs, dim=2).transpose(1, 2).flatten(0, 1)
 
     def _attend_part(
-        self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, index: IndexerOutput | None, is_prefix: bool
+        self,
+        layer_index: int,
+        query_BHLD: Tensor,
+        key_BHLD: Tensor,
+        value_BHLD: Tensor,
+        index: IndexerOutput | None,
+        is_prefix: bool,
     ) -> Tensor:
         split = self.layout.num_prefix
         queries = slice(0, split) if is_prefix else slice(split, None)
@@ -76,8 +84,9 @@ class SlotPast:
             part = IndexerOutput(index.query_TJI[:, queries], index.gates_TJ[:, queries], index.key_TI[:, keys])
             if self.attention == "sparse":
                 selected = self._select(part, allowed)
-            if self.num_loss_rows:
-                self.losses.append(self._loss(query, key, part, allowed, selected))
+            if self.loss_rows is not None:
+                shares = self.loss_rows[layer_index, 0 if is_prefix else 1]
+                self.losses.append(self._loss(shares, query, key, part, allowed, selected))
         if selected is not None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=selected[:, None])
         if is_prefix:
@@ -106,11 +115,17 @@ class SlotPast:
         return selected
 
     def _loss(
-        self, query: Tensor, key: Tensor, part: IndexerOutput, allowed: Tensor | None, selected: Tensor | None
+        self,
+        shares_R: Tensor,
+        query: Tensor,
+        key: Tensor,
+        part: IndexerOutput,
+        allowed: Tensor | None,
+        selected: Tensor | None,
     ) -> IndexerLoss:
-        """KL on random rows; the first `top_k` prefix rows select everything and teach the indexer little, so they are rare."""
+        """KL on the rows at these shares of the part."""
         num_rows, num_keys = query.shape[2], key.shape[2]
-        rows = torch.randint(num_rows, (min(self.num_loss_rows, num_rows),), device=query.device, generator=self.generator)
+        rows = (shares_R * num_rows).long().clamp_max(num_rows - 1)
         if selected is not None:
             visible = selected[:, rows]
         elif allowed is not None:

@@ -22,7 +22,7 @@ def test_adamw_equals_torch_adamw():
     for _ in range(5):
         gradient = torch.randn(5, 7)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        optimizer.step(1.0)
+        optimizer.step(torch.ones(()))
         reference.step()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
@@ -33,7 +33,7 @@ def test_muon_lowers_a_quadratic():
     optimizer = Optimizer([ParameterGroup("trunk", "muon", [weight], 0.2)], clip=1e9)
     for step in range(200):
         ((weight - target) ** 2).sum().backward()
-        optimizer.step(1 - step / 200)
+        optimizer.step(torch.tensor(1 - step / 200))
     assert ((weight - target) ** 2).mean() < 0.01
 
 
@@ -41,7 +41,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     weight = nn.Parameter(torch.ones(4, 4))
     optimizer = Optimizer([ParameterGroup("trunk", "muon", [weight], 0.1)])
     weight.grad = torch.full((4, 4), float("nan"))
-    optimizer.step(1.0)
+    optimizer.step(torch.ones(()))
     assert torch.equal(weight.data, torch.ones(4, 4)) and float(optimizer.num_skipped) == 1
 
 
@@ -56,16 +56,16 @@ def test_state_goes_out_and_in():
     a1, b1, whole = fresh()
     for a_gradient, b_gradient in gradients:
         a1.grad, b1.grad = a_gradient.clone(), b_gradient.clone()
-        whole.step(1.0)
+        whole.step(torch.ones(()))
     a2, b2, first = fresh()
     for a_gradient, b_gradient in gradients[:2]:
         a2.grad, b2.grad = a_gradient.clone(), b_gradient.clone()
-        first.step(1.0)
+        first.step(torch.ones(()))
     a3, b3, second = fresh()
     second.load_state_tensors({name: tensor.clone() for name, tensor in first.state_tensors().items()})
     for a_gradient, b_gradient in gradients[2:]:
         a3.grad, b3.grad = a_gradient.clone(), b_gradient.clone()
-        second.step(1.0)
+        second.step(torch.ones(()))
     assert torch.equal(a1, a3) and torch.equal(b1, b3)
 
 
@@ -73,5 +73,5 @@ def test_other_groups_rest_when_only_one_learns():
     a, b = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
     optimizer = Optimizer([ParameterGroup("trunk", "muon", [a], 0.1), ParameterGroup("indexer", "adamw", [b], 0.1)])
     a.grad, b.grad = torch.ones(4, 4), torch.ones(4)
-    optimizer.step(1.0, only="indexer")
+    optimizer.step(torch.ones(()), only="indexer")
     assert torch.equal(a.data, torch.ones(4, 4)) and not torch.equal(b.data, torch.ones(4))

@@ -44,7 +44,7 @@ def test_indexer_loss_reaches_the_indexer_and_not_the_trunk():
     query, key = draw(CLIPS * num_tokens, 4, 8).requires_grad_(), draw(CLIPS * num_tokens, 2, 8).requires_grad_()
     gates = draw(CLIPS * num_tokens, 3).requires_grad_()
     index = IndexerOutput(draw(CLIPS * num_tokens, 3, 16), gates, draw(CLIPS * num_tokens, 16))
-    past = SlotPast(LAYOUT, CLIPS, attention="sparse", top_k=6, num_loss_rows=7)
+    past = SlotPast(LAYOUT, CLIPS, attention="sparse", top_k=6, loss_rows=torch.rand(1, 2, 7))
     past.attend(0, query, key, draw(CLIPS * num_tokens, 2, 8), index)
     torch.stack([layer.loss for layer in past.losses]).sum().backward()
     assert gates.grad is not None and query.grad is None and key.grad is None
