@@ -40,15 +40,15 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
         num_workers=num_workers,
         stages=(
             StageConfig(
-                "short clips", 1000, (8, 12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
+                "short clips", 1200, (8, 12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
             ),
-            StageConfig("clips to 30 s", 1600, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
+            StageConfig("clips to 30 s", 4000, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
             StageConfig(
-                "clips to 5 min", 1300, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, hint_weight_start=0.5
+                "clips to 5 min", 3000, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, hint_weight_start=0.5
             ),
             StageConfig(
                 "indexer warm-up",
-                100,
+                130,
                 EVERY,
                 EVERY_WEIGHTS,
                 trains="indexer",
@@ -57,7 +57,7 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
                 num_warmup_steps=20,
             ),
             StageConfig(
-                "sparse adaptation", 700, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
+                "sparse adaptation", 1500, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
             ),
         ),
     )
