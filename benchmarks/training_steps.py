@@ -17,7 +17,7 @@ from openkeye.model.keye import KeyeModel
 from openkeye.train.config import StageConfig
 from openkeye.train.initialise import initialise
 from openkeye.train.loop import Trainer
-from recipes.tiny import tiny
+from recipes.tiny import num_rounds, tiny
 
 
 def main() -> None:
@@ -56,10 +56,11 @@ def time_steps(arguments: argparse.Namespace, trainer: Trainer, text: ClipText, 
         return 1000 * (time.perf_counter() - start) / arguments.steps
 
     for frames in arguments.frames:
-        shape = (config.num_frames_per_step, config.num_slots, config.slot_length)
-        stream = StreamConfig(config.model_dir, 0, *shape, lambda _, frames=frames: frames)
+        stream = StreamConfig(
+            config.model_dir, 0, config.num_frames_per_step, config.slot_length, lambda _, frames=frames: frames, num_rounds
+        )
         host_batch = make_host_batch(stream, text, 0)
-        for attention, rows in (("dense", 0), ("sparse", 96)):
+        for attention, rows in (("dense", 0), ("sparse", 3072)):
             stage = StageConfig("bench", 100, (frames,), attention=attention, num_indexer_rows=rows, cell_weight_start=0.5)
             batch = to_device(host_batch, device)
             # Step 1 of a stage keeps no extra figures; a few runs compile and record it.

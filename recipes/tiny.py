@@ -29,8 +29,16 @@ CHECKPOINT = Path(__file__).parent.parent / "openkeye" / "checkpoints" / "openke
 STANDARD = (16, 24, 32, 40, 48, 60)
 EVERY = (16, 24, 32, 40, 48, 60, 96, 128, 192, 256, 384, 512, 600)
 # Half of the steps stay with short clips, which hold more questions a second of computing.
-HINTS = {"hint_weight_start": 0.5, "hint_weight_end": 0.5}
 EVERY_WEIGHTS = (2, 2, 2, 2, 2, 3, 1, 1, 1.5, 1.5, 1.5, 1.5, 2)
+# Fewer lengths where a step costs more: each is compiled and recorded anew for the indexer and for sparse attention.
+SOME = (16, 32, 48, 60, 128, 256, 400, 600)
+SOME_WEIGHTS = (2, 3, 3, 4, 3, 3, 3, 3)
+HINTS = {"hint_weight_start": 0.5, "hint_weight_end": 0.5}
+
+
+def num_rounds(num_frames: int) -> int:
+    """Rounds of 8 questions on a clip: a step holds fewer long clips, so each of them carries more."""
+    return 1 if num_frames <= 24 else 2 if num_frames <= 96 else 4
 
 
 def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig:
@@ -40,24 +48,30 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
         num_workers=num_workers,
         stages=(
             StageConfig(
-                "short clips", 1200, (8, 12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
+                "short clips", 900, (12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
             ),
-            StageConfig("clips to 30 s", 4000, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
-            StageConfig(
-                "clips to 5 min", 3000, EVERY, EVERY_WEIGHTS, rate_end=0.35, cell_weight_start=0.2, hint_weight_start=0.5
-            ),
+            StageConfig("clips to 30 s", 2800, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
+            StageConfig("clips to 5 min", 3600, EVERY, EVERY_WEIGHTS, **HINTS, rate_end=0.35, cell_weight_start=0.2),
             StageConfig(
                 "indexer warm-up",
-                130,
-                EVERY,
-                EVERY_WEIGHTS,
+                450,
+                SOME,
+                SOME_WEIGHTS,
                 trains="indexer",
-                num_indexer_rows=96,
+                num_indexer_rows=3072,
                 answer_weight=0.0,
                 num_warmup_steps=20,
             ),
             StageConfig(
-                "sparse adaptation", 1500, EVERY, EVERY_WEIGHTS, "sparse", rate_start=0.35, rate_end=0.0, num_indexer_rows=96
+                "sparse adaptation",
+                1200,
+                SOME,
+                SOME_WEIGHTS,
+                "sparse",
+                **HINTS,
+                rate_start=0.35,
+                rate_end=0.0,
+                num_indexer_rows=3072,
             ),
         ),
     )
@@ -67,7 +81,15 @@ def smoke(model_dir: str = str(CHECKPOINT)) -> TrainConfig:
     """Two steps of every stage on the shortest clips: the same code on a CPU, in seconds."""
     config = tiny(model_dir, num_workers=0)
     stages = tuple(
-        replace(stage, num_steps=2, frame_counts=(8,), frame_weights=(), num_warmup_steps=0) for stage in config.stages
+        replace(
+            stage,
+            num_steps=2,
+            frame_counts=(8,),
+            frame_weights=(),
+            num_warmup_steps=0,
+            num_indexer_rows=min(64, stage.num_indexer_rows),
+        )
+        for stage in config.stages
     )
     return replace(config, stages=stages, num_frames_per_step=16, log_every=1)
 
@@ -108,7 +130,7 @@ def run(config: TrainConfig, run_dir: Path, out_dir: Path, stop_after_seconds: f
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     trainer = Trainer(model, config, list(TASKS), NUM_COLOURS, NUM_SPRITES, run_dir)
     stream = StreamConfig(
-        config.model_dir, config.seed, config.num_frames_per_step, config.num_slots, config.slot_length, FrameCounts(config)
+        config.model_dir, config.seed, config.num_frames_per_step, config.slot_length, FrameCounts(config), num_rounds
     )
     print(f"{count_parameters(model):,} weights, step {trainer.step_number} of {config.num_steps}, on {device}", flush=True)
     is_finished = trainer.run(

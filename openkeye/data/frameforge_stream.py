@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from openkeye.common.device import upload
-from openkeye.data.hints import ANY, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
+from openkeye.data.hints import ANY, HINTS_PER_SLOT, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
 from openkeye.data.slot_batch import NO_LABEL, CellLabels, SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
@@ -26,8 +26,8 @@ from openkeye.inputs.processor import Processor
 FRAME_SIDE = 112
 # pixels; 8 x 8 patches, 4 x 4 merged cells
 CELLS = 4
-LABELS_PER_CLIP = 192
-# room for the answers of a clip: one length for all batches of a layout lets a step be recorded and replayed
+LABELS_PER_SLOT = 24
+# room for the answers of a clip, times its slots: one length for all batches of a layout lets a step be recorded and replayed
 NUM_COLOURS = len(COLOUR_NAMES)
 NUM_SPRITES = len(SPRITES)
 
@@ -39,10 +39,11 @@ class StreamConfig:
     model_dir: str
     seed: int
     num_frames_per_step: int
-    num_slots: int
     slot_length: int
     num_frames_at: Callable[[int], int]
     # clip length in frames of each step; a picklable callable
+    num_rounds_at: Callable[[int], int]
+    # rounds of questions that a clip of so many frames carries, 8 slots each; the same
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,23 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     num_frames = config.num_frames_at(step)
     num_clips = max(1, config.num_frames_per_step // num_frames)
     clips = [
-        make_training_clip(seed=config.seed, index=step * 4096 + number, num_frames=num_frames) for number in range(num_clips)
+        make_training_clip(config.seed, step * 4096 + number, num_frames, config.num_rounds_at(num_frames))
+        for number in range(num_clips)
     ]
+    num_slots = len(clips[0].questions)
     prefixes = [text.prefix(clip.frame_times) for clip in clips]
-    layout = SlotLayout(len(prefixes[0]), config.num_slots, config.slot_length)
+    layout = SlotLayout(len(prefixes[0]), num_slots, config.slot_length)
     frames = text.frame_layout(prefixes[0], num_frames)
     input_ids = np.zeros((num_clips, layout.num_tokens), np.int32)
     # Unused rows point at different places: sums over many rows of one place are slow.
-    labels = np.array([np.arange(num_clips * LABELS_PER_CLIP), *[np.zeros(num_clips * LABELS_PER_CLIP, int)] * 2]).T
-    labels[:, 1] = NO_LABEL
+    labels = np.zeros((num_clips * num_slots * LABELS_PER_SLOT, 3), int)
+    labels[:, 0], labels[:, 1] = np.arange(len(labels)), NO_LABEL
     num_labels = 0
     hints: list[list[tuple[int, int, int, int, int]]] = [[] for _ in clips]
     for number, (clip, prefix) in enumerate(zip(clips, prefixes, strict=True)):
         assert len(prefix) == layout.num_prefix, "the frame text must have one length for every time"
         input_ids[number, : layout.num_prefix] = prefix
-        for slot, question in enumerate(clip.questions[: config.num_slots]):
+        for slot, question in enumerate(clip.questions):
             ids, answer_start = text.slot(question.text, question.answer)
             assert len(ids) <= config.slot_length, f"slot of {len(ids)} tokens: {question.text!r} {question.answer!r}"
             start = layout.num_prefix + slot * config.slot_length
@@ -136,7 +139,7 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
             row = start + answer_start - 1
             first = number * layout.num_tokens + row
             for place, token in enumerate(ids[answer_start:]):
-                labels[num_labels] = first + place, token, number * config.num_slots + slot
+                labels[num_labels] = first + place, token, number * num_slots + slot
                 num_labels += 1
             for track, name in question.mentions:
                 named = text.encode(question.text[: question.text.index(name) + len(name)])
@@ -155,7 +158,7 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
     cells = job.cell_labels(CELLS)
     tracks = cells.pop("tracks")
     for number, tracks_of_clip in enumerate(tracks.reshape(num_clips, -1)):
-        hints[number] += cell_hints(tracks_of_clip, CELLS * CELLS, frames)
+        hints[number] += cell_hints(tracks_of_clip, CELLS * CELLS, frames, num_slots * HINTS_PER_SLOT)
     token_frames = np.full(layout.num_tokens, -1, np.int16)
     token_frames[frames.first : frames.first + num_frames * frames.tokens_per_frame] = np.repeat(
         np.arange(num_frames), frames.tokens_per_frame
@@ -167,11 +170,11 @@ def make_host_batch(config: StreamConfig, text: ClipText, step: int) -> HostBatc
         "label_ids": labels[:, 1],
         "label_slots": labels[:, 2],
         "position_ids_3L": positions.numpy().astype(np.int32),
-        "task_ids_BN": _task_ids(clips, config.num_slots),
+        "task_ids_BN": np.array([[TASKS.index(question.task) for question in clip.questions] for clip in clips]),
         "token_tracks_BL": cell_map(tracks, num_clips, CELLS * CELLS, frames, layout),
         "token_frames_L": token_frames,
         "cell_tokens": (np.arange(num_clips)[:, None] * layout.num_tokens + frames.cell_tokens(CELLS * CELLS)).ravel(),
-        "hints": hint_table(hints),
+        "hints": hint_table(hints, num_slots * HINTS_PER_SLOT),
     }
     return HostBatch(layout, arrays, cells, job, seed=config.seed * 1_000_003 + step)
 
@@ -188,10 +191,6 @@ def _straight_span(clip: TrainingClip, track: int) -> tuple[int, int] | None:
 def _without_times(prefix: list[int], text: ClipText, num_frames: int) -> tuple[int, ...]:
     """The prefix with every text token made equal: positions depend only on where the pads stand, which lets them be reused."""
     return tuple(token if token == text.video_pad else 0 for token in prefix)
-
-
-def _task_ids(clips: list[TrainingClip], num_slots: int) -> np.ndarray:
-    return np.array([[TASKS.index(question.task) for question in clip.questions[:num_slots]] for clip in clips])
 
 
 def to_device(batch: HostBatch, device: torch.device | str) -> SlotBatch:

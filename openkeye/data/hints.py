@@ -18,8 +18,8 @@ import numpy as np
 from openkeye.data.slot_batch import SlotLayout
 
 NUM_HOPS = 5
-HINTS_PER_CLIP = 32
-# of each hop; the surplus of a clip is dropped
+HINTS_PER_SLOT = 4
+# of each hop, times the slots of a clip; the surplus of a clip is dropped
 COLUMNS = ("row", "track", "frame", "key")
 ANY = -1
 
@@ -85,24 +85,24 @@ def answer_hints(
     return hints
 
 
-def cell_hints(tracks: np.ndarray, num_cells: int, frames: FrameLayout) -> list[tuple[int, int, int, int, int]]:
-    """Hop 4 of one clip from the labels of its frames * num_cells cells: at most HINTS_PER_CLIP rows, evenly over the clip."""
+def cell_hints(tracks: np.ndarray, num_cells: int, frames: FrameLayout, num_hints: int) -> list[tuple[int, int, int, int, int]]:
+    """Hop 4 of one clip, from the labels of its frames * num_cells cells: at most `num_hints` rows, evenly over the clip."""
     shown = tracks.reshape(-1, num_cells)
     same = shown[1:, :, None] == shown[:-1, None, :]
     frame, cell = np.nonzero((shown[1:] > 0) & same.any(axis=2))
-    picked = np.linspace(0, len(frame) - 1, min(len(frame), HINTS_PER_CLIP)).astype(int)
+    picked = np.linspace(0, len(frame) - 1, min(len(frame), num_hints)).astype(int)
     return [
         (4, frames.cells(int(before) + 1) + int(place), int(shown[before + 1, place]), int(before), ANY)
         for before, place in zip(frame[picked], cell[picked], strict=True)
     ]
 
 
-def hint_table(hints_of_clips: list[list[tuple[int, int, int, int, int]]]) -> np.ndarray:
-    """[hops, B, HINTS_PER_CLIP, 4] int32, columns as COLUMNS; a row of -1 is empty."""
-    table = np.full((NUM_HOPS, len(hints_of_clips), HINTS_PER_CLIP, len(COLUMNS)), -1, np.int32)
+def hint_table(hints_of_clips: list[list[tuple[int, int, int, int, int]]], num_hints: int) -> np.ndarray:
+    """[hops, B, num_hints, 4] int32, columns as COLUMNS; a row of -1 is empty."""
+    table = np.full((NUM_HOPS, len(hints_of_clips), num_hints, len(COLUMNS)), -1, np.int32)
     for clip, hints in enumerate(hints_of_clips):
         for hop in range(NUM_HOPS):
-            rows = [hint[1:] for hint in hints if hint[0] == hop][:HINTS_PER_CLIP]
+            rows = [hint[1:] for hint in hints if hint[0] == hop][:num_hints]
             if rows:
                 table[hop, clip, : len(rows)] = rows
     return table

@@ -7,6 +7,7 @@ import numpy as np
 from openkeye.frameforge.catalogue import COLOUR_NAMES, FIRST_NUMBER, SHAPES, SPRITES
 from openkeye.frameforge.scene import Interval, Scene, Track, overlap_seconds
 
+QUESTIONS_PER_ROUND = 8
 TASKS = ("timestamp_localisation", "counting", "before_after", "co_occurrence", "reading", "motion")
 
 
@@ -35,14 +36,19 @@ class Question:
         return "words" if self.moment_seconds is None else "moment"
 
 
-def make_questions(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray, extra: int = 1) -> list[Question]:
-    """Two localisations and one question of every other task, plus `extra` of counting, reading or motion, in random order.
+def make_questions(scene: Scene, rng: np.random.Generator, frame_times: np.ndarray, num_rounds: int = 1) -> list[Question]:
+    """QUESTIONS_PER_ROUND questions a round, in random order.
+
+    A round holds two localisations, one question of every other task, and one more of counting, co-occurrence, reading or
+    motion.
 
     Args:
         frame_times: [N] seconds of the frames that the model will see; answers in words speak of these.
     """
-    makers = [_localisation, _localisation, _counting, _before_after, _co_occurrence, _reading, _motion]
-    makers += [(_counting, _reading, _motion, _co_occurrence)[int(rng.integers(4))] for _ in range(extra)]
+    makers = []
+    for _ in range(num_rounds):
+        makers += [_localisation, _localisation, _counting, _before_after, _co_occurrence, _reading, _motion]
+        makers.append((_counting, _reading, _motion, _co_occurrence)[int(rng.integers(4))])
     questions: list[Question] = []
     for maker in makers:
         # Asking the same thing twice teaches nothing; a few tries find another one where there is one.

@@ -31,8 +31,8 @@ class TrainingClip:
     questions: list[Question]
 
 
-def make_training_clip(seed: int, index: int, num_frames: int) -> TrainingClip:
-    """A clip of `num_frames` frames sampled at about 2 frames a second, with 8 questions.
+def make_training_clip(seed: int, index: int, num_frames: int, num_rounds: int = 1) -> TrainingClip:
+    """A clip of `num_frames` frames sampled at about 2 frames a second, with `num_rounds` rounds of questions.
 
     Half of the clips begin somewhere within the first 5 minutes, so that times of every length are seen on short clips too.
     """
@@ -43,7 +43,7 @@ def make_training_clip(seed: int, index: int, num_frames: int) -> TrainingClip:
     frame_times = start + spacing * np.arange(num_frames)
     settings = SceneSettings(min_event_seconds=1.5 if num_frames <= 64 else 2.0)
     scene = make_scene(rng, start, start + spacing * num_frames, settings)
-    questions = make_questions(scene, rng, frame_times)
+    questions = make_questions(scene, rng, frame_times, num_rounds)
     return TrainingClip(frame_times, scene, scene_job(scene, frame_times), questions)
 
 

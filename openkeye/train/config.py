@@ -28,7 +28,9 @@ class StageConfig:
     hint_weight_end: float = 0.0
     # attention hints (`data/hints.py`)
     num_indexer_rows: int = 0
-    # rows of each clip on which the indexer's KL is taken; 0 leaves the indexer alone
+    # rows of a batch on which the indexer's KL is taken, of prefixes and of slots each; 0 leaves the indexer alone
+    indexer_learns_from: str = "visible"
+    # "visible": attention's distribution over all that a row may see; "selected": over what the indexer chose
     answer_weight: float = 1.0
     # 0 in the indexer's warm-up, where only its KL is wanted
 
@@ -43,6 +45,10 @@ class StageConfig:
             raise ValueError(f"stage {self.name!r}: attention is 'dense' or 'sparse', got {self.attention!r}")
         if self.trains not in ("all", "indexer"):
             raise ValueError(f"stage {self.name!r}: trains is 'all' or 'indexer', got {self.trains!r}")
+        if self.indexer_learns_from not in ("visible", "selected"):
+            raise ValueError(
+                f"stage {self.name!r}: indexer_learns_from is 'visible' or 'selected', got {self.indexer_learns_from!r}"
+            )
         if self.trains == "indexer" and not self.num_indexer_rows:
             raise ValueError(f"stage {self.name!r} trains nothing: the indexer learns only from its KL; set num_indexer_rows")
         if not self.num_indexer_rows and not self.answer_weight and not self.cell_weight_start:
@@ -60,7 +66,6 @@ class TrainConfig:
     stages: tuple[StageConfig, ...]
     seed: int = 0
     num_frames_per_step: int = 2048
-    num_slots: int = 8
     slot_length: int = 56
     muon_rate: float = 2e-3
     adamw_rate: float = 2e-3

@@ -72,6 +72,8 @@ class StepPlan:
     has_hints: bool
     has_cells: bool
     num_loss_rows: int
+    # of each clip
+    indexer_learns_from: str
     wants_figures: bool
 
 
@@ -200,12 +202,13 @@ class Trainer:
             has_answers=stage.answer_weight > 0,
             has_hints=max(stage.hint_weight_start, stage.hint_weight_end) > 0,
             has_cells=max(stage.cell_weight_start, stage.cell_weight_end) > 0,
-            num_loss_rows=stage.num_indexer_rows,
+            num_loss_rows=-(-stage.num_indexer_rows // batch.num_clips),
+            indexer_learns_from=stage.indexer_learns_from,
             wants_figures=stage.num_indexer_rows > 0 and step_in_stage % 10 == 0,
         )
         # Drawn on the host from the step alone, so that a resumed run samples the same rows as one that never stopped.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step_number)
-        rows = torch.rand(len(decoder_layers(self.model)), 2, stage.num_indexer_rows, generator=generator)
+        rows = torch.rand(len(decoder_layers(self.model)), 2, plan.num_loss_rows, generator=generator)
         weights = torch.tensor([rate, stage.answer_weight, hint_weight, cell_weight])
         inputs = StepInputs(batch, upload(weights, self.device), upload(rows, self.device))
         for name, pair in self.graphs.run(plan, inputs, is_repeated=not plan.wants_figures).items():
@@ -224,6 +227,7 @@ class Trainer:
             attention=plan.attention,
             top_k=self.model.config.indexer.top_k,
             loss_rows=inputs.loss_rows if plan.num_loss_rows else None,
+            learns_from=plan.indexer_learns_from,
             wants_figures=plan.wants_figures,
             hints=AttentionHints(batch) if plan.has_hints else None,
         )

@@ -29,6 +29,8 @@ class SlotPast:
     top_k: int = 0
     loss_rows: Tensor | None = None
     # [layers, 2, R] in 0..1: which rows of the prefix and of the slots, as shares of their number
+    learns_from: str = "visible"
+    # "visible" or "selected" (`indexer_loss`)
     wants_figures: bool = True
     # recall and mass of the indexer's choice beside its loss
     losses: list[IndexerLoss] = field(default_factory=list)
@@ -126,9 +128,7 @@ class SlotPast:
         """KL on the rows at these shares of the part."""
         num_rows, num_keys = query.shape[2], key.shape[2]
         rows = (shares_R * num_rows).long().clamp_max(num_rows - 1)
-        if selected is not None:
-            visible = selected[:, rows]
-        elif allowed is not None:
+        if allowed is not None:
             visible = allowed[rows].expand(self.num_clips, -1, -1)
         else:
             visible = (rows[:, None] >= torch.arange(num_keys, device=rows.device)).expand(self.num_clips, -1, -1)
@@ -138,6 +138,7 @@ class SlotPast:
             IndexerOutput(part.query_TJI[:, rows], part.gates_TJ[:, rows], part.key_TI),
             visible,
             self.top_k if self.wants_figures else 0,
+            selected[:, rows] if selected is not None and self.learns_from == "selected" else None,
         )
 
 

@@ -1,5 +1,7 @@
 """Training text is answering text: what the stream packs into slots is what `encode` makes of a chat."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from openkeye.inputs.encode import encode
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.video import Frames
 
-CONFIG = StreamConfig("openkeye-tiny", 3, 32, 8, 56, lambda step: 16)
+CONFIG = StreamConfig("openkeye-tiny", 3, 32, 56, lambda step: 16, lambda frames: 1)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,17 @@ def test_a_batch_is_a_function_of_its_step(text):
     assert np.array_equal(ids[0], ids[1]) and not np.array_equal(ids[0], ids[2])
     drawn, drawn_again = to_device(first, "cpu"), to_device(again, "cpu")
     assert torch.equal(drawn.patches.pixels, drawn_again.patches.pixels)
+
+
+def test_more_rounds_ask_more_about_the_same_clip(text):
+    one = make_host_batch(CONFIG, text, 0)
+    two = make_host_batch(replace(CONFIG, num_rounds_at=lambda frames: 2), text, 0)
+    assert (one.layout.num_slots, two.layout.num_slots) == (8, 16)
+    num_prefix = one.layout.num_prefix
+    prefixes = [batch.arrays["input_ids_BL"][:, :num_prefix] for batch in (one, two)]
+    assert np.array_equal(*prefixes)
+    counts = np.bincount(two.arrays["task_ids_BN"].ravel(), minlength=6)
+    assert counts.sum() == 32 and counts[0] == 8 and counts[1:].min() >= 4
 
 
 def test_hints_point_at_the_asked_thing_and_at_the_figures_to_be_said(text):

@@ -51,6 +51,14 @@ def test_mean_over_groups_has_the_gradient_of_the_sum_over_groups():
     torch.testing.assert_close(mean_gradient, sum_gradient)
 
 
+def test_over_the_selected_set_only_what_was_selected_has_a_voice():
+    query, key, index, visible = random_case(2)
+    selected = visible & (torch.arange(12) % 2 == 0)
+    result = indexer_loss(query, key, index, visible, 4, selected)
+    torch.testing.assert_close(result.loss, indexer_loss(query, key, index, selected, 0).loss)
+    torch.testing.assert_close(result.recall, indexer_loss(query, key, index, visible, 4).recall)
+
+
 def test_fully_masked_keys_give_finite_gradients():
     query, key, index, visible = random_case()
     only_self = torch.zeros_like(visible)
