@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from openkeye.apps.model_options import add_model_options, engine_from
-from openkeye.common.checks import InputError
+from openkeye.common.checks import InputError, writing_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,6 +49,7 @@ def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]") ->
     """One record per question: task, clip, question, duration, and the score of each mode and of a perfect sampler."""
     import os
     import tempfile
+    from contextlib import ExitStack, closing
     from pathlib import Path
 
     from rich.console import Console
@@ -56,7 +57,9 @@ def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]") ->
 
     from openkeye.frameforge.writer import read_clips, write_clips
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        with writing_to(Path(tempfile.gettempdir())):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
         if arguments.data is not None:
             folder = Path(arguments.data)
             if not (folder / "clips.jsonl").is_file():
@@ -65,7 +68,9 @@ def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]") ->
         else:
             folder = Path(arguments.keep or scratch)
             workers = arguments.workers or max(1, (os.cpu_count() or 2) - 1)
-            clips = write_clips(folder, arguments.num, arguments.seed, arguments.tier, num_workers=workers)
+            # Closed before the folder goes, so that no clip is written into it while it is emptied.
+            writer = write_clips(folder, arguments.num, arguments.seed, arguments.tier, num_workers=workers)
+            clips = stack.enter_context(closing(writer))
         console = Console(stderr=True)
         bar = track(clips, "Asking", total=arguments.num, console=console, disable=not console.is_terminal)
         return [record for number, clip in enumerate(bar) for record in _ask_clip(number, clip, engines, arguments.fps)]

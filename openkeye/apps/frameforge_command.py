@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the clips with a progress bar on standard error; prints the folder's index file."""
     import os
+    from contextlib import closing
     from pathlib import Path
 
     from rich.console import Console
@@ -42,8 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.workers or os.cpu_count() or 1,
     )
     console = Console(stderr=True)
-    for _ in track(clips, "Filming", total=arguments.num, console=console, disable=not console.is_terminal):
-        pass
+    with closing(clips):
+        for _ in track(clips, "Filming", total=arguments.num, console=console, disable=not console.is_terminal):
+            pass
     print(out / "clips.jsonl")
     return 0
 

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from openkeye.common.checks import InputError
+    from openkeye.common.checks import InputError, writing_to
     from openkeye.inputs.processor import load_limits
     from openkeye.inputs.video import DecodeHealth, iterate_frames, request_video
     from openkeye.inputs.video_scan import scan_video
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     listed = []
     for number, (picture, seconds) in enumerate(pictures):
         file = folder / f"{number:05d}_{seconds:09.3f}s.png"
-        PIL.Image.fromarray(picture).save(file, compress_level=1)
+        with writing_to(folder):
+            PIL.Image.fromarray(picture).save(file, compress_level=1)
         listed.append({"time_seconds": seconds, "file": str(file)})
     if not listed:
         raise InputError(f"{scan.source}: none of the sampled frames can be decoded; the file is damaged")

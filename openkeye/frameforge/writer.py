@@ -1,8 +1,12 @@
 """Clips as real H.264 files with their questions as JSON lines; everything is a function of (seed, index, tier)."""
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from multiprocessing import get_context
@@ -13,6 +17,7 @@ import av
 import numpy as np
 import torch
 
+from openkeye.common.checks import InputError, writing_to
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES, TEXTURES
 from openkeye.frameforge.questions import Question, make_questions
 from openkeye.frameforge.render import render, scene_job
@@ -74,8 +79,20 @@ def make_clip(seed: int, index: int, tier_name: str = "standard", seconds: tuple
 
 
 def film(clip: Clip, path: Path) -> None:
-    """Write the clip as H.264 (yuv420p, constant quality), a few seconds of frames in memory at a time."""
-    with av.open(str(path), "w") as container:
+    """Write the clip as H.264 (yuv420p, constant quality), a few seconds of frames in memory at a time.
+
+    The file has its name only when it is whole.
+    """
+    part = path.with_suffix(".part")
+    try:
+        _encode(clip, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encode(clip: Clip, path: Path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=clip.tier.fps, options={"crf": "20", "preset": "veryfast"})
         stream.width = stream.height = clip.tier.side
         stream.pix_fmt = "yuv420p"
@@ -120,19 +137,42 @@ def question_from_record(record: dict[str, Any]) -> Question:
 
 def write_clips(
     out_dir: Path, num: int, seed: int, tier: str = "standard", seconds: tuple[float, float] | None = None, num_workers: int = 1
-) -> Iterator[ClipFile]:
-    """Film clips 0..num-1 in worker processes, in order; `clips.jsonl` grows with every clip that is yielded."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+) -> Generator[ClipFile, None, None]:
+    """Film clips 0..num-1 in worker processes, in order; `clips.jsonl` grows with every clip that is yielded.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     jobs = [(out_dir, seed, index, tier, seconds) for index in range(num)]
-    with (
-        (out_dir / "clips.jsonl").open("w", buffering=1) as lines,
-        ProcessPoolExecutor(
+    with ExitStack() as stack:
+        with writing_to(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            lines = stack.enter_context((out_dir / "clips.jsonl").open("w", buffering=1))
+        pool = ProcessPoolExecutor(
             num_workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        for line in pool.map(_write_one, jobs):
-            lines.write(line + "\n")
+        )
+        # Whoever stops early waits for the clips being filmed, not for all that were ordered.
+        stack.callback(pool.shutdown, cancel_futures=True)
+        with _deaf_to_ctrl_c():
+            written = pool.map(_write_one, jobs)
+        for _ in jobs:
+            with writing_to(out_dir):
+                line = next(written)
+                lines.write(line + "\n")
             yield _clip_file(out_dir, line)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, which reaches the whole group: the parent alone decides what to do about it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _write_one(job: tuple[Path, int, int, str, tuple[float, float] | None]) -> str:
@@ -149,5 +189,18 @@ def _clip_file(folder: Path, line: str) -> ClipFile:
 
 
 def read_clips(folder: Path) -> list[ClipFile]:
-    """The clips that `write_clips` left in a folder."""
-    return [_clip_file(folder, line) for line in (folder / "clips.jsonl").read_text().splitlines() if line.strip()]
+    """The clips that `write_clips` left in a folder.
+
+    Raises:
+        InputError: a line of `clips.jsonl` is not a clip's record.
+    """
+    index = folder / "clips.jsonl"
+    clips = []
+    for number, line in enumerate(index.read_text().splitlines(), 1):
+        try:
+            clips.append(_clip_file(folder, line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{index}: line {number} is not a clip's record ({error}); make the clips again with `openkeye frameforge make`"
+            ) from error
+    return clips

@@ -1,8 +1,11 @@
 """The command line as a user meets it: real processes, real files."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,22 @@ def test_examples_run(example):
     )
     assert result.returncode == 0 and "From 5.7 to 8.3 seconds." in result.stdout, result.stderr
     assert len((ROOT / "examples" / example).read_text().splitlines()) < 50
+
+
+@pytest.mark.parametrize("wait_seconds", [3.0, 6.0])
+def test_ctrl_c_ends_filming_with_one_line(tmp_path, wait_seconds):
+    command = [sys.executable, "-m", "openkeye.apps.commands", "frameforge", "make", "--num", "400", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test runner in the background may have been told to ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(wait_seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "interrupted\n"
+    assert not list(tmp_path.glob("*.part"))

@@ -1,8 +1,11 @@
 """Files on disk: decodable, true, the same for the same seed."""
 
 import numpy as np
+import pytest
 import torch
 
+from openkeye.common.checks import InputError
+from openkeye.frameforge import writer
 from openkeye.frameforge.render import render, scene_job
 from openkeye.frameforge.stream import make_training_clip
 from openkeye.frameforge.writer import film, make_clip, read_clips, write_clips
@@ -40,3 +43,25 @@ def test_files_and_training_never_share_a_scene():
 def test_the_long_tier_is_minutes_long():
     seconds = [make_clip(0, index, "long").duration_seconds for index in range(40)]
     assert min(seconds) >= 59.9 and max(seconds) <= 300.1 and max(seconds) > 200
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="file/clips: cannot be written"):
+        list(write_clips(tmp_path / "file" / "clips", 1, seed=9))
+
+
+def test_a_film_that_breaks_off_leaves_no_file(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "scene_job", fail)
+    with pytest.raises(OSError, match="No space"):
+        film(make_clip(3, 1, seconds=(8.0, 9.0)), tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_is_no_clip_is_named(tmp_path):
+    (tmp_path / "clips.jsonl").write_text('{"video": "a.mp4"}\n')
+    with pytest.raises(InputError, match=r"clips.jsonl: line 1 is not a clip's record"):
+        read_clips(tmp_path)
