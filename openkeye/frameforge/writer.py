@@ -141,8 +141,12 @@ def write_clips(
     """Film clips 0..num-1 in worker processes, in order; `clips.jsonl` grows with every clip that is yielded.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written; a negative seed; less than one worker.
     """
+    if seed < 0:
+        raise InputError(f"the seed is {seed}; give a whole number from 0")
+    if num_workers < 1:
+        raise InputError(f"the number of workers is {num_workers}; give at least 1")
     jobs = [(out_dir, seed, index, tier, seconds) for index in range(num)]
     with ExitStack() as stack:
         with writing_to(out_dir):

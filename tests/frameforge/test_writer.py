@@ -65,3 +65,10 @@ def test_a_line_that_is_no_clip_is_named(tmp_path):
     (tmp_path / "clips.jsonl").write_text('{"video": "a.mp4"}\n')
     with pytest.raises(InputError, match=r"clips.jsonl: line 1 is not a clip's record"):
         read_clips(tmp_path)
+
+
+def test_a_negative_seed_and_no_workers_are_refused(tmp_path):
+    with pytest.raises(InputError, match="the seed is -1"):
+        list(write_clips(tmp_path, 1, seed=-1))
+    with pytest.raises(InputError, match="workers is -2; give at least 1"):
+        list(write_clips(tmp_path, 1, seed=1, num_workers=-2))
