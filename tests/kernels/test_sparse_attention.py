@@ -1,0 +1,103 @@
+"""The Triton kernels of selected attention against their plain twins."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from openkeye.kernels import reference
+from openkeye.kernels.sparse_attention import sparse_attention, sparse_attention_with_lse
+from openkeye.kernels.unions import TILE, build_unions
+
+
+def draw_lists(num_queries: int, num_keys: int, num_picked: int, shares: float, device: str, seed: int = 0) -> Tensor:
+    """Causal-free lists: a share of each list is common to its tile, the rest is its own; some rows end in pads."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for query in range(num_queries):
+        common = torch.Generator().manual_seed(seed + 1000 + query // TILE)
+        num_common = int(shares * num_picked)
+        shared = torch.randperm(num_keys, generator=common)[:num_common]
+        own = torch.randperm(num_keys, generator=generator)[: num_picked - num_common]
+        row = torch.cat([shared, own]).unique()
+        if query % 5 == 4:
+            row = row[: len(row) // 2]
+        rows.append(torch.cat([row, torch.full((num_picked - len(row),), -1)]))
+    return torch.stack(rows).int().to(device)
+
+
+def expected_unions(indices_TK: Tensor) -> list[dict[int, int]]:
+    """Key -> mask of every tile, by hand."""
+    tiles: list[dict[int, int]] = [{} for _ in range(-(-indices_TK.shape[0] // TILE))]
+    for query, row in enumerate(indices_TK.tolist()):
+        for key in row:
+            if key >= 0:
+                tiles[query // TILE][key] = tiles[query // TILE].get(key, 0) | 1 << query % TILE
+    return tiles
+
+
+@pytest.mark.parametrize("shares", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("scratch_bytes", [1, 1 << 20])
+def test_unions_hold_every_key_once_with_its_queries(device, shares, scratch_bytes):
+    indices = draw_lists(37, 150, 24, shares, device)
+    unions = build_unions(indices, 150, scratch_bytes)
+    for tile, expected in enumerate(expected_unions(indices)):
+        count = int(unions.counts_N[tile])
+        keys, masks = unions.keys_NU[tile, :count].tolist(), unions.masks_NU[tile, :count].tolist()
+        assert keys == sorted(expected) and dict(zip(keys, masks, strict=True)) == expected
+
+
+def draw(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (4, 4, 64), (9, 3, 64), (16, 1, 64), (8, 2, 128)])
+@pytest.mark.parametrize("num_queries", [1, 15, 33])
+def test_attention_equals_its_twin(device, heads, groups, width, num_queries):
+    query = draw((num_queries, heads, width), device, torch.float32, 1)
+    key, value = (draw((100, groups, width), device, torch.float32, seed) for seed in (2, 3))
+    indices = draw_lists(num_queries, 100, 20, 0.5, device)
+    output, lse = sparse_attention_with_lse(query, key, value, indices, width**-0.5)
+    expected = reference.sparse_attention(query, key, value, indices, width**-0.5)
+    torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-4)
+    scores = torch.einsum("thd,shd->ths", query, key.repeat_interleave(heads // groups, dim=1)) * width**-0.5
+    named = torch.zeros(num_queries, 101, dtype=torch.bool, device=device)
+    named.scatter_(1, torch.where(indices < 0, 100, indices).long(), True)
+    expected_lse = scores.masked_fill(~named[:, None, :100], -torch.inf).logsumexp(dim=-1)
+    torch.testing.assert_close(lse, expected_lse, atol=2e-6, rtol=1e-5)
+
+
+def test_keys_and_values_may_be_slices_of_a_cache(device):
+    query = draw((20, 8, 64), device, torch.float32, 1)
+    both = draw((90, 2, 2, 64), device, torch.float32, 2)
+    indices = draw_lists(20, 90, 16, 0.5, device)
+    key, value = both[:, 0], both[:, 1]
+    expected = reference.sparse_attention(query, key, value, indices, 0.1)
+    torch.testing.assert_close(sparse_attention(query, key, value, indices, 0.1), expected, atol=2e-6, rtol=1e-4)
+
+
+def test_a_query_that_selected_nothing_gets_zeros(device):
+    query = draw((18, 8, 64), device, torch.float32, 1)
+    key = draw((50, 1, 64), device, torch.float32, 2)
+    indices = draw_lists(18, 50, 8, 0.5, device)
+    indices[3] = -1
+    output, lse = sparse_attention_with_lse(query, key, key, indices, 0.1)
+    assert torch.equal(output[3], torch.zeros_like(output[3])) and torch.isneginf(lse[3]).all()
+    assert torch.isfinite(output).all() and torch.isfinite(lse[:3]).all()
+
+
+def test_what_no_list_names_is_never_touched(device):
+    query = draw((16, 8, 64), device, torch.float32, 1)
+    key = draw((60, 1, 64), device, torch.float32, 2)
+    indices = draw_lists(16, 30, 8, 0.5, device)
+    key[30:] = float("nan")
+    assert torch.isfinite(sparse_attention(query, key, key, indices, 0.1)).all()
+
+
+def test_unsupported_tensors_are_refused_in_one_sentence(device):
+    indices = torch.zeros(4, 2, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="heads of 64 or 128"):
+        sparse_attention(*(torch.zeros(4, 2, 48, device=device),) * 3, indices, 1.0)
+    with pytest.raises(ValueError, match="same number of query heads"):
+        sparse_attention(torch.zeros(4, 5, 64, device=device), *(torch.zeros(4, 2, 64, device=device),) * 2, indices, 1.0)
+    with pytest.raises(ValueError, match="float64"):
+        sparse_attention(*(torch.zeros(4, 2, 64, device=device, dtype=torch.float64),) * 3, indices, 1.0)
