@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -21,3 +22,21 @@ def test_every_kernel_compiles(tmp_path, capability):
         # sm_80's neighbours (86, 89) have 99 KiB a block.
         assert int(line.split()[1]) <= 99 * 1024, line
     assert len(result.stdout.splitlines()) >= 7
+
+
+def test_the_benchmark_checks_before_it_times():
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.kernels",
+        "--check-only",
+        "--contexts",
+        "256",
+        "--queries",
+        "32",
+        "--top-k",
+        "16",
+    ]
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if not torch.cuda.is_available() else {})
+    result = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "agrees with its twin" in result.stdout, result.stderr[-2000:]
