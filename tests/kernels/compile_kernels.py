@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from openkeye.kernels import index_scores, sparse_attention, top_k, unions
+from openkeye.kernels import index_scores, sparse_attention, sparse_attention_backward, top_k, unions
 
 POINTERS = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64"}
 
@@ -33,6 +33,20 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]
         )
         for h, g, b, w in shapes
     ]
+    backward = {
+        **dict.fromkeys(("query", "key", "value", "output_gradient", "query_gradient"), "bf16"),
+        **dict.fromkeys(("union_keys", "union_masks", "union_counts", "ranks"), "i32"),
+        **dict.fromkeys(("lse", "delta", "key_gradient", "value_gradient", "parts", "sums"), "f32"),
+    }
+    common = {"TILE": 16, "HEADS": 32, "GROUP": 8, "BLOCK_HEADS": 8, "WIDTH": 128, "PRECISION": "tf32"}
+    for keeps_parts in (False, True):
+        constants = common | {"GROUPS": 4, "BLOCK": sparse_attention_backward.BLOCK, "KEEPS_PARTS": keeps_parts}
+        options = {"num_warps": 8, "num_stages": 2}
+        listed.append((sparse_attention_backward._attend_backward, backward, constants, options))
+    constants = {"GROUPS": 4, "BLOCKS_PER_GROUP": 1, "WIDTH": 128}
+    listed.append((sparse_attention_backward._add_parts, backward, constants, {"num_warps": 1}))
+    constants = common | {"NUM_BLOCKS": 4, "BLOCK": 64}
+    listed.append((sparse_attention_backward._sum_probabilities, backward, constants, {"num_warps": 8, "num_stages": 2}))
     listed.append((unions._mark, {"indices": "i32", "marks": "i32"}, {"TILE": 16, "BLOCK": unions.MARK_BLOCK}, {}))
     listed.append(
         (unions._collect, dict.fromkeys(("marks", "keys", "masks", "counts"), "i32"), {"BLOCK": unions.SCAN_BLOCK}, {})
@@ -52,8 +66,7 @@ def main() -> None:
             name: "constexpr" if name in constants else POINTERS[pointers[name]] if name in pointers else "i32"
             for name in kernel.arg_names
         }
-        if "scale_log2" in signature:
-            signature["scale_log2"] = "fp32"
+        signature |= {name: "fp32" for name in ("scale", "scale_log2") if name in signature}
         compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
         print(kernel.__name__, compiled.metadata.shared, "bytes of shared memory")
 
