@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from openkeye.kernels import index_scores, sparse_attention, sparse_attention_backward, top_k, unions
+from openkeye.kernels import index_scores, sparse_attention, sparse_attention_backward, sparse_decode, top_k, unions
 
 POINTERS = {"bf16": "*bf16", "f32": "*fp32", "i32": "*i32", "i64": "*i64"}
 
@@ -47,6 +47,12 @@ def variants() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]
     listed.append((sparse_attention_backward._add_parts, backward, constants, {"num_warps": 1}))
     constants = common | {"NUM_BLOCKS": 4, "BLOCK": 64}
     listed.append((sparse_attention_backward._sum_probabilities, backward, constants, {"num_warps": 8, "num_stages": 2}))
+    decode = attend | {"indices": "i32", "page_table": "i32", "parts": "f32", "tops": "f32", "sums": "f32"}
+    for page_size in (0, 64):
+        constants = {"HEADS": 32, "GROUP": 8, "WIDTH": 128, "ROWS": 16, "BLOCK": 64, "NUM_SPLITS": 32, "PRECISION": "tf32"}
+        options = {"num_warps": 4, "num_stages": 3}
+        listed.append((sparse_decode._decode, decode, constants | {"PAGE_SIZE": page_size}, options))
+    listed.append((sparse_decode._merge, decode, {"HEADS": 32, "WIDTH": 128, "NUM_SPLITS": 32}, {"num_warps": 4}))
     listed.append((unions._mark, {"indices": "i32", "marks": "i32"}, {"TILE": 16, "BLOCK": unions.MARK_BLOCK}, {}))
     listed.append(
         (unions._collect, dict.fromkeys(("marks", "keys", "masks", "counts"), "i32"), {"BLOCK": unions.SCAN_BLOCK}, {})
