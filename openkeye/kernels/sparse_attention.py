@@ -161,7 +161,8 @@ def _attend(
         acc_MD = acc_MD * shrink_M[:, None] + tl.dot(p_MN.to(v_ND.dtype), v_ND, input_precision=PRECISION)
         top_M = new_top_M
     has_keys = sum_M > 0
-    out_MD = acc_MD / tl.where(has_keys, sum_M, 1.0)[:, None]
+    safe_sum_M = tl.where(has_keys, sum_M, 1.0)
+    out_MD = acc_MD / safe_sum_M[:, None]
     tl.store(output + place_MD, out_MD.to(output.dtype.element_ty), mask=is_query[:, None])
-    lse_M = tl.where(has_keys, (top_M + tl.log2(sum_M)) * 0.6931471805599453, float("-inf"))
+    lse_M = tl.where(has_keys, (top_M + tl.log2(safe_sum_M)) * 0.6931471805599453, float("-inf"))
     tl.store(lse + token * HEADS + head, lse_M, mask=is_query)
