@@ -51,10 +51,10 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
                 "short clips", 900, (12, 16), **HINTS, num_warmup_steps=100, cell_weight_start=0.5, cell_weight_end=0.5
             ),
             StageConfig("clips to 30 s", 2800, STANDARD, **HINTS, cell_weight_start=0.5, cell_weight_end=0.2),
-            StageConfig("clips to 5 min", 3600, EVERY, EVERY_WEIGHTS, **HINTS, rate_end=0.35, cell_weight_start=0.2),
+            StageConfig("clips to 5 min", 3200, EVERY, EVERY_WEIGHTS, **HINTS, rate_end=0.35, cell_weight_start=0.2),
             StageConfig(
                 "indexer warm-up",
-                450,
+                400,
                 SOME,
                 SOME_WEIGHTS,
                 trains="indexer",
@@ -64,7 +64,7 @@ def tiny(model_dir: str = str(CHECKPOINT), num_workers: int = 14) -> TrainConfig
             ),
             StageConfig(
                 "sparse adaptation",
-                1200,
+                720,
                 SOME,
                 SOME_WEIGHTS,
                 "sparse",
