@@ -2,7 +2,7 @@
 
     python -m recipes.tiny --run-dir runs/tiny --stop-after-seconds 540     # repeat until it says "finished"
 
-One H100, under 20 minutes in all, resumable at any point; `--smoke` runs a few steps of every stage on a CPU. What it should
+One H100, about 20 minutes in all, resumable at any point; `--smoke` runs a few steps of every stage on a CPU. What it should
 reach stands in recipes/README.md.
 """
 
