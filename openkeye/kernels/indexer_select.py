@@ -1,0 +1,144 @@
+"""`indexer_select` on a CUDA GPU: the k best keys of every query, without ever holding more than a bounded slab of scores.
+
+Twin: `reference.indexer_select`. On Hopper with keys in e4m3 one kernel in CUDA C++ (`indexer_select.cu`) scores and selects
+in one walk; everywhere else scores are written a slab of queries at a time and selected from. Letters: T queries, S keys,
+J indexer heads, I indexer width, C columns of a slab.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from openkeye.kernels.build import check_launch, cuda_library
+from openkeye.kernels.index_scores import check_supported, index_scores
+from openkeye.kernels.quantize import quantize_vectors
+from openkeye.kernels.top_k import top_k_positions
+
+SCRATCH_BYTES = 256 << 20
+FUSED_HEADS, FUSED_WIDTH = 16, 64
+# the published indexer's shape, which the fused kernel is built for
+FUSED_TILE = 16
+# queries of one of its blocks
+
+
+def indexer_select(
+    query_TJI: Tensor,
+    gates_TJ: Tensor,
+    key_SI: Tensor,
+    k: int,
+    query_positions_T: Tensor,
+    max_scratch_bytes: int | None = None,
+    first_keys_T: Tensor | None = None,
+    key_scales_S: Tensor | None = None,
+) -> Tensor:
+    """See `reference.indexer_select`; the host waits for nothing.
+
+    Keys of a paged context are gathered into one tensor first: 64 bytes a token in e4m3. Scratch is 256 MiB unless said.
+
+    Raises:
+        ValueError: shapes or dtypes that no kernel serves.
+    """
+    if key_scales_S is not None and query_TJI.dtype != torch.float8_e4m3fn:
+        query_TJI, query_scales_TJ = quantize_vectors(query_TJI)
+        gates_TJ = gates_TJ * query_scales_TJ
+    check_supported(query_TJI, key_SI, key_scales_S)
+    budget = max_scratch_bytes or SCRATCH_BYTES
+    if key_scales_S is not None and query_TJI.shape[1:] == (FUSED_HEADS, FUSED_WIDTH):
+        library = _fused_library()
+        if library is not None and k <= library.indexer_select_max_k():
+            return _select_fused(
+                library, query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S
+            )
+    return select_by_slabs(query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
+
+
+def select_by_slabs(
+    query_TJI: Tensor,
+    gates_TJ: Tensor,
+    key_SI: Tensor,
+    k: int,
+    query_positions_T: Tensor,
+    max_scratch_bytes: int = SCRATCH_BYTES,
+    first_keys_T: Tensor | None = None,
+    key_scales_S: Tensor | None = None,
+) -> Tensor:
+    """Scores of as many queries as fit the scratch (at least 16), then their top k; queries as `index_scores` takes them."""
+    num_queries, num_keys = query_TJI.shape[0], key_SI.shape[0]
+    slab = min(num_queries, max(16, max_scratch_bytes // (4 * max(1, num_keys))))
+    scores = torch.empty(slab, num_keys, dtype=torch.float32, device=key_SI.device)
+    picked = []
+    for start in range(0, num_queries, slab):
+        part = slice(start, start + slab)
+        positions = query_positions_T[part]
+        first = None if first_keys_T is None else first_keys_T[part].to(positions.dtype)
+        rows = scores[: positions.shape[0]]
+        index_scores(query_TJI[part], gates_TJ[part], key_SI, positions, rows, first, key_scales_S, k)
+        num_visible = positions + 1 if first is None else positions + 1 - first
+        columns = top_k_positions(rows, k, num_visible)
+        picked.append(columns if first is None else torch.where(columns < 0, -1, columns + first[:, None].int()))
+    return torch.cat(picked)
+
+
+@functools.cache
+def _fused_library() -> ctypes.CDLL | None:
+    library = cuda_library("indexer_select")
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        library.indexer_select.argtypes = [pointer] * 6 + [number] * 4 + [pointer] * 3 + [number, pointer]
+        library.indexer_select_scratch_bytes.restype = ctypes.c_int64
+        library.indexer_select_arranged_bytes.restype = ctypes.c_int64
+    return library
+
+
+def _select_fused(
+    library: ctypes.CDLL,
+    query_TJI: Tensor,
+    gates_TJ: Tensor,
+    key_SI: Tensor,
+    k: int,
+    query_positions_T: Tensor,
+    max_scratch_bytes: int,
+    first_keys_T: Tensor | None,
+    key_scales_S: Tensor | None,
+) -> Tensor:
+    num_queries, device = query_TJI.shape[0], key_SI.device
+    indices = torch.empty(num_queries, k, dtype=torch.int32, device=device)
+    if not num_queries:
+        return indices
+    last, first = query_positions_T.contiguous(), first_keys_T
+    if first is not None:
+        first = first.to(last.dtype).contiguous()
+    assert last.dtype in (torch.int32, torch.int64) and key_scales_S is not None
+    block_bytes = library.indexer_select_scratch_bytes()
+    num_tiles = -(-num_queries // FUSED_TILE)
+    num_blocks = min(num_tiles, _num_multiprocessors(device), max(1, max_scratch_bytes // block_bytes))
+    lists = torch.empty(num_blocks * block_bytes, dtype=torch.uint8, device=device)
+    arranged = torch.empty(library.indexer_select_arranged_bytes(key_SI.shape[0]), dtype=torch.uint8, device=device)
+    query, gates, key, scales = (x.contiguous() for x in (query_TJI, gates_TJ.float(), key_SI, key_scales_S))
+    with torch.cuda.device(device):
+        status = library.indexer_select(
+            query.data_ptr(),
+            gates.data_ptr(),
+            key.data_ptr(),
+            scales.data_ptr(),
+            None if first is None else first.data_ptr(),
+            last.data_ptr(),
+            int(last.dtype == torch.int64),
+            num_queries,
+            key.shape[0],
+            k,
+            indices.data_ptr(),
+            arranged.data_ptr(),
+            lists.data_ptr(),
+            num_blocks,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    check_launch(status, "indexer_select")
+    return indices
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,93 @@
+"""What the indexer learns from, in plain PyTorch with autograd: the definitions, beside those of `reference`.
+
+Letters as in `reference`. All pairs stand in memory while gradients are wanted.
+"""
+
+import torch
+from torch import Tensor
+
+from openkeye.kernels.reference import index_scores, widen
+
+
+def dense_indexer_loss(
+    query_THD: Tensor,
+    key_SGD: Tensor,
+    index_query_TJI: Tensor,
+    gates_TJ: Tensor,
+    index_key_SI: Tensor,
+    query_positions_T: Tensor,
+    scale: float,
+    first_keys_T: Tensor | None = None,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sum of weights * KL(p || softmax(I)), KL [T] without gradient) over the keys that each query sees (report, warm-up).
+
+    p is the mean over heads of the attention probabilities, from detached queries and keys. One target a KV head has the same
+    gradient: every head's probabilities sum to one.
+
+    Args:
+        query_positions_T: the last key that each query sees.
+        first_keys_T: the first one; None: 0.
+        weights_T: of each query in the loss; None: 1 / T.
+    """
+    columns = torch.arange(key_SGD.shape[0], device=key_SGD.device)
+    is_visible_TS = columns <= query_positions_T[:, None]
+    if first_keys_T is not None:
+        is_visible_TS &= columns >= first_keys_T[:, None]
+    keys_HDS = widen(key_SGD.detach()).repeat_interleave(query_THD.shape[1] // key_SGD.shape[1], dim=1).permute(1, 2, 0)
+    target_TS = torch.zeros(is_visible_TS.shape, dtype=keys_HDS.dtype, device=key_SGD.device)
+    for head, keys_DS in enumerate(keys_HDS):
+        logits = (widen(query_THD[:, head].detach()) @ keys_DS * scale).masked_fill(~is_visible_TS, -torch.inf)
+        target_TS += logits.softmax(dim=1)
+    return _weighted(_divergence(target_TS, index_scores(index_query_TJI, gates_TJ, index_key_SI), is_visible_TS), weights_T)
+
+
+def selected_probabilities(
+    query_THD: Tensor, key_SGD: Tensor, indices_TK: Tensor, scale: float, dense_lse_TH: Tensor | None = None
+) -> Tensor:
+    """What the indexer learns from in the sparse adaptation, [T, K] in the lists' order, up to a factor a row.
+
+    Without dense_lse_TH every head's softmax over its list, summed over heads. With it (`attention_lse` over all visible keys)
+    the dense probabilities, summed over the heads of a KV head, cut to the list, normalised, and summed over KV heads.
+    """
+    num_groups = key_SGD.shape[1]
+    keys_TKGD = widen(key_SGD.detach())[indices_TK.clamp_min(0).long()]
+    query_TGRD = widen(query_THD.detach()).unflatten(1, (num_groups, -1))
+    scores_TGRK = torch.einsum("tgrd,tkgd->tgrk", query_TGRD, keys_TKGD) * scale
+    scores_TGRK = scores_TGRK.masked_fill((indices_TK < 0)[:, None, None], -torch.inf)
+    if dense_lse_TH is None:
+        return scores_TGRK.softmax(dim=3).nan_to_num(nan=0.0).sum(dim=(1, 2))
+    kept_TGK = (scores_TGRK - dense_lse_TH.unflatten(1, (num_groups, -1)).unsqueeze(3)).exp().nan_to_num(nan=0.0).sum(dim=2)
+    return (kept_TGK / kept_TGK.sum(dim=2, keepdim=True).clamp_min(1e-30)).sum(dim=1)
+
+
+def sparse_indexer_loss(
+    probabilities_TK: Tensor,
+    index_query_TJI: Tensor,
+    gates_TJ: Tensor,
+    index_key_SI: Tensor,
+    indices_TK: Tensor,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sum of weights * KL(p || softmax(I)), KL [T] without gradient) over each query's list (report, sparse adaptation).
+
+    p is probabilities_TK (`selected_probabilities`) divided by each row's sum; a row of -1 gives 0.
+    """
+    keys_TKI = widen(index_key_SI)[indices_TK.clamp_min(0).long()]
+    products_TJK = (widen(index_query_TJI) @ keys_TKI.transpose(1, 2)).relu()
+    scores_TK = (widen(gates_TJ)[:, None] @ products_TJK)[:, 0]
+    return _weighted(_divergence(widen(probabilities_TK.detach()), scores_TK, indices_TK >= 0), weights_T)
+
+
+def _divergence(target_TS: Tensor, scores_TS: Tensor, is_seen_TS: Tensor) -> Tensor:
+    """KL(target / its sum || softmax(scores)) over what is seen, [T]; 0 where nothing is."""
+    # Finite fills and masks before the products: 0 * (0 - inf) is NaN, in the value or in its gradient.
+    target = target_TS.masked_fill(~is_seen_TS, 0.0)
+    target = target / target.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    log_probability = scores_TS.masked_fill(~is_seen_TS, -1e30).log_softmax(dim=1).masked_fill(~is_seen_TS, 0.0)
+    return (target * (target.clamp_min(1e-37).log() - log_probability)).sum(dim=1)
+
+
+def _weighted(divergence_T: Tensor, weights_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    weights = torch.full_like(divergence_T, 1 / max(1, divergence_T.shape[0])) if weights_T is None else weights_T.detach()
+    return (weights * divergence_T).sum(), divergence_T.detach()
