@@ -1,17 +1,25 @@
 """`Batch`: the tokens of one model call, and `PagedPast`: the past they see in the pages.
 
 Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked
-tokens.
+tokens; B segments, P pages of the longest.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
-from openkeye.kernels.dispatch import dense_attention, indexer_select, sparse_attention
+from openkeye.kernels.dispatch import (
+    can_decode_in_pages,
+    decode_in_pages,
+    dense_attention,
+    indexer_select,
+    sparse_attention,
+)
 from openkeye.model.past import IndexerOutput
 
 
@@ -41,6 +49,13 @@ class Batch:
     def is_decode(self) -> bool:
         return all(segment.count == 1 for segment in self.segments)
 
+    def page_table(self, page_size: int) -> tuple[Tensor, Tensor]:
+        """[B, P] int32, the pages of every segment's context in order (0 behind its last), and [B] int32, its tokens."""
+        firsts = [segment.slots_S[::page_size] for segment in self.segments]
+        lengths = [segment.start + segment.count for segment in self.segments]
+        table = (pad_sequence(firsts, batch_first=True) // page_size).int()
+        return table, torch.tensor(lengths, dtype=torch.int32, device=table.device)
+
 
 class PagedPast:
     """The past of a batch: writes new keys to their pages, selects per query over its own sequence, attends."""
@@ -51,6 +66,11 @@ class PagedPast:
         self.attention = attention
         self.top_k = top_k
         self.new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
+
+    @cached_property
+    def page_table(self) -> tuple[Tensor, Tensor]:
+        """`Batch.page_table`, made once for all layers."""
+        return self.batch.page_table(self.caches.page_size)
 
     @property
     def needs_index(self) -> bool:
@@ -95,13 +115,17 @@ class PagedPast:
 
     def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
         """One token a request: picked keys are read straight from the pages, the rest of the context never moves."""
+        keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
+        scale = query_THD.shape[-1] ** -0.5
+        if can_decode_in_pages(query_THD, index.query_TJI, keys, self.top_k, self.caches.page_size):
+            queries, caches = (query_THD, index.query_TJI, index.gates_TJ), (keys, values, self.caches.index_keys[layer_index])
+            return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale)
         picked = []
         for number, segment in enumerate(self.batch.segments):
             indices = self._select(layer_index, segment, slice(number, number + 1), index)
             slots = segment.slots_S[indices.clamp_min(0).long()]
             picked.append(torch.where(indices < 0, -1, slots))
-        keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
-        return sparse_attention(query_THD, keys, values, torch.cat(picked), query_THD.shape[-1] ** -0.5)
+        return sparse_attention(query_THD, keys, values, torch.cat(picked), scale)
 
 
 def _positions(segment: Segment) -> Tensor:

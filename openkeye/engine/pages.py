@@ -17,6 +17,7 @@ class PagedCaches:
 
     def __init__(self, model: KeyeConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         layers, slots = model.num_hidden_layers, config.cache_tokens
+        self.page_size = config.page_size
         shape = (layers, slots, model.num_key_value_heads, model.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)

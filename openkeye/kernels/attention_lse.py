@@ -14,6 +14,8 @@ from openkeye.kernels.sparse_attention import MAX_HEADS, check_supported
 
 TILE = 16
 # queries of a program: with 8 heads they fill the matrix unit's 128 rows
+BLOCK = 64
+# keys of a step: two programs share an SM of Hopper
 
 
 def attention_lse(
@@ -48,7 +50,7 @@ def attention_lse(
         GROUP=group,
         BLOCK_HEADS=block_heads,
         WIDTH=width,
-        BLOCK=128,
+        BLOCK=BLOCK,
         PRECISION="ieee" if query_THD.dtype == torch.float32 else "tf32",
         num_warps=8 if block_heads == MAX_HEADS else 4,
         num_stages=3,

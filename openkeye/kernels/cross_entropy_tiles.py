@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openkeye.kernels.expert_products import FLOAT32_TILES, Tiles, load_tile, is_hopper
+from openkeye.kernels.expert_products import FLOAT32_TILES, Tiles, load_tile, takes_large_tiles
 
 # For many tokens and for few.
-HOPPER_TILES = (Tiles(128, 256, 64, 8, 4), Tiles(64, 128, 64, 4, 4))
-AMPERE_TILES = (Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 4, 3))
+HOPPER_TILES = (Tiles(128, 256, 64, 8, 3), Tiles(64, 128, 64, 4, 4))
+AMPERE_TILES = (Tiles(128, 128, 64, 8, 4), Tiles(64, 128, 64, 4, 4))
 GROUP = 16
 # tiles of tokens whose programs run side by side over the same entries
 MERGE_ROWS = 32
@@ -28,7 +28,7 @@ def choose_tiles(hidden_TD: Tensor) -> Tiles:
     """The measured choice."""
     if hidden_TD.dtype == torch.float32:
         return FLOAT32_TILES[-1]
-    return (HOPPER_TILES if is_hopper(hidden_TD.device) else AMPERE_TILES)[hidden_TD.shape[0] <= 64]
+    return (HOPPER_TILES if takes_large_tiles(hidden_TD.device) else AMPERE_TILES)[hidden_TD.shape[0] <= 64]
 
 
 def statistics(

@@ -9,7 +9,7 @@ Letters: T tokens, K picked experts, E experts, D model width, F expert width, R
 kernels M rows, N columns and K depth of a tile.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -35,33 +35,52 @@ class Tiles:
     num_stages: int
 
 
-# By product, a choice for each number of rows. `gate_up` holds two tiles of its columns, one of gates and one of ups;
-# `matrix_gradients` cuts an expert's matrix and has the picked rows as depth.
+# By product, a choice for each number of rows; of two for one number the first is for few rows an expert. `gate_up` holds two
+# tiles of its columns, one of gates and one of ups. Few rows take deeper tiles of e4m3, whose bytes then come in whole lines of
+# the cache. `matrix_gradients` cuts an expert's matrix and has the picked rows as depth; which rows those are is loaded a stage
+# earlier.
 HOPPER_TILES = {
-    "gate_up": (Tiles(16, 64, 64, 4, 4), Tiles(32, 64, 64, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(128, 128, 64, 8, 4)),
-    "down": (Tiles(16, 64, 64, 4, 5), Tiles(32, 128, 64, 4, 4), Tiles(64, 128, 64, 4, 4), Tiles(128, 128, 64, 4, 3)),
+    "gate_up": (
+        Tiles(16, 64, 64, 4, 4),
+        Tiles(16, 128, 64, 4, 3),
+        Tiles(32, 64, 64, 4, 4),
+        Tiles(64, 64, 64, 4, 4),
+        Tiles(128, 128, 32, 8, 5),
+    ),
+    "gate_up e4m3": (
+        Tiles(16, 64, 128, 4, 3),
+        Tiles(32, 64, 128, 4, 4),
+        Tiles(64, 64, 64, 4, 4),
+        Tiles(128, 128, 64, 8, 4),
+    ),
+    "down": (Tiles(16, 128, 128, 4, 3), Tiles(32, 128, 64, 4, 4), Tiles(64, 128, 64, 4, 4), Tiles(128, 256, 64, 8, 4)),
+    "down e4m3": (Tiles(16, 64, 128, 4, 5), Tiles(32, 128, 128, 4, 4), Tiles(64, 128, 64, 4, 4), Tiles(128, 128, 64, 4, 3)),
     "activation_gradients": (
         Tiles(16, 64, 64, 4, 4),
         Tiles(32, 64, 64, 4, 4),
         Tiles(64, 128, 64, 4, 4),
-        Tiles(128, 128, 64, 8, 3),
+        Tiles(128, 128, 64, 8, 4),
     ),
-    "matrix_gradients": (Tiles(128, 128, 64, 4, 3),),
+    "matrix_gradients": (Tiles(128, 256, 64, 8, 5),),
 }
 # At most 99 KiB of shared memory a program.
 AMPERE_TILES = {
-    "gate_up": (Tiles(16, 64, 64, 4, 4), Tiles(32, 64, 64, 4, 4), Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 3)),
-    "down": (Tiles(16, 64, 64, 4, 4), Tiles(32, 128, 64, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
+    "gate_up": (Tiles(16, 64, 64, 4, 4), Tiles(32, 64, 64, 4, 4), Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 4)),
+    "gate_up e4m3": (Tiles(16, 64, 128, 4, 4), Tiles(32, 64, 128, 4, 4), Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 4)),
+    "down": (Tiles(16, 64, 64, 4, 4), Tiles(32, 128, 64, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 4)),
+    "down e4m3": (Tiles(16, 64, 128, 4, 4), Tiles(32, 128, 128, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 4)),
     "activation_gradients": (
         Tiles(16, 64, 64, 4, 4),
         Tiles(32, 64, 64, 4, 4),
         Tiles(64, 128, 64, 4, 3),
-        Tiles(128, 128, 64, 8, 3),
+        Tiles(128, 128, 64, 8, 4),
     ),
-    "matrix_gradients": (Tiles(128, 128, 32, 8, 3),),
+    "matrix_gradients": (Tiles(128, 128, 32, 8, 4),),
 }
 # fp32 runs on the CUDA cores: small tiles that fit the registers.
 FLOAT32_TILES = (Tiles(16, 32, 32, 4, 2), Tiles(32, 32, 32, 4, 2))
+FEW_ROWS = 4
+# of an expert, on average
 
 
 def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -72,18 +91,19 @@ def choose_block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> in
     return 16 if share <= 16 else 32 if share <= 32 else 64 if share <= 96 else 128
 
 
-def is_hopper(device: torch.device) -> bool:
-    """True for GPUs of compute capability 9 and up."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+def takes_large_tiles(device: torch.device) -> bool:
+    """True for GPUs whose programs may have 227 KiB of shared memory: compute capability 9 and 10."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def choose_tiles(product: str, routes: Routes, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Tiles:
     """The measured choice for one product over these routes, with weights in the tokens' dtype or in fp8."""
-    table = HOPPER_TILES if is_hopper(routes.order_R.device) else AMPERE_TILES
-    choices = FLOAT32_TILES if dtype == torch.float32 else table[product]
-    tiles = next((tiles for tiles in choices if tiles.rows == routes.block_rows), choices[-1])
-    # A column's bytes are read in whole lines of the cache.
-    return replace(tiles, depth=2 * tiles.depth) if weight_dtype == FP8 and tiles.rows <= 32 else tiles
+    table = HOPPER_TILES if takes_large_tiles(routes.order_R.device) else AMPERE_TILES
+    name = f"{product} e4m3" if weight_dtype == FP8 else product
+    choices = FLOAT32_TILES if dtype == torch.float32 else table[name]
+    fitting = [tiles for tiles in choices if tiles.rows == routes.block_rows] or choices[-1:]
+    is_few = routes.order_R.shape[0] <= FEW_ROWS * routes.ends_E.shape[0]
+    return fitting[0] if is_few else fitting[-1]
 
 
 def project_and_activate(

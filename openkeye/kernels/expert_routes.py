@@ -52,7 +52,7 @@ def build_routes(expert_ids_TK: Tensor, num_experts: int, block_rows: int) -> Ro
     )
     routes = Routes(order, ends, tile_experts, tile_rows, block_rows)
     ids = expert_ids_TK.contiguous()
-    constants = {"EXPERTS": triton.next_power_of_2(num_experts), "STEP": STEP, "num_warps": 8}
+    constants = {"EXPERTS": max(16, triton.next_power_of_2(num_experts)), "STEP": STEP, "num_warps": 8}
     if num_rows <= MAX_ALONE:
         _sort_alone[(1,)](
             ids, order, ends, tile_experts, tile_rows, num_rows, num_experts, num_tiles, BLOCK_ROWS=block_rows, **constants

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openkeye.kernels.expert_products import load_tile, add_picks, choose_tiles, project_rows
+from openkeye.kernels.expert_products import add_picks, choose_tiles, load_tile, project_rows
 from openkeye.kernels.expert_routes import Routes
 
 

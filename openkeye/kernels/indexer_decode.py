@@ -151,8 +151,10 @@ def _check(
             "indexer_decode serves keys in bfloat16, float16 or float32 with queries alike, and keys in float8_e4m3fn, got "
             f"queries in {query_BJI.dtype} and keys in {key_SI.dtype}"
         )
-    if is_fp8 != (scales_S is not None):
-        raise ValueError(f"indexer_decode takes a scale for each slot with keys in float8_e4m3fn only, got {key_SI.dtype}")
+    if is_fp8 != (scales_S is not None) or (scales_S is not None and not scales_S.is_contiguous()):
+        raise ValueError(
+            f"indexer_decode takes a scale for each slot, without gaps, with keys in float8_e4m3fn only, got {key_SI.dtype}"
+        )
     if page_size < 16 or page_size % 16:
         raise ValueError(f"indexer_decode serves page sizes that are multiples of 16, got {page_size}")
     if not 1 <= num_requests <= MAX_REQUESTS or page_table_BP.shape[0] != num_requests or lengths_B.shape != (num_requests,):

@@ -90,7 +90,7 @@ class IndexerGradients:
             IS_SELECTED=False,
             KEEPS_PARTS=False,
             num_warps=8,
-            num_stages=2,
+            num_stages=4,
         )
         starts = torch.arange(0, self.num_keys, KEY_BLOCK, device=positions_R.device, dtype=positions_R.dtype)
         # The rows that may see a block of keys: from the first that ends behind its start to the last that begins before its
@@ -115,7 +115,7 @@ class IndexerGradients:
             BLOCK_QUERIES=block_queries,
             BLOCK=KEY_BLOCK,
             num_warps=4,
-            num_stages=2,
+            num_stages=5,
         )
 
     def add_selected(self, differences_TK: Tensor, unions: Unions, is_deterministic: bool) -> None:
@@ -155,7 +155,7 @@ class IndexerGradients:
                 IS_SELECTED=True,
                 KEEPS_PARTS=is_deterministic,
                 num_warps=8 if block_queries * self.num_heads == ROWS else 4,
-                num_stages=2,
+                num_stages=3,
             )
             if adds:
                 adds.add(first_row, (self.key_gradient.unsqueeze(1),))

@@ -1,10 +1,11 @@
 """What the lightning indexer learns from, in Triton: how far its distribution is from attention's, and the gradients of that.
 
 Twins: the functions of the same names in `reference_learning`. Nothing here reaches the trunk: attention's queries and keys
-only make the target. A query's loss is KL(p || softmax(I)) with p = attention probabilities summed over heads and divided by their sum.
-Its gradient with respect to I, weight * (softmax(I) - p), is known as soon as both distributions are: the forward pass makes
-the gradients and the backward pass only scales them, so that attention's probabilities are made once. They and the scores
-stand in memory for a slab of queries at a time (dense) or for the selected keys (sparse), never for all pairs.
+only make the target. A query's loss is KL(p || softmax(I)), where p are the attention probabilities, summed over heads and
+divided by their sum. Its gradient with respect to I, weight * (softmax(I) - p), is known as soon as both distributions are:
+the forward pass makes the gradients and the backward pass only scales them, so that attention's probabilities are made once.
+They and the scores stand in memory for a slab of queries at a time (dense) or for the selected keys (sparse), never for all
+pairs.
 
 Letters as in `sparse_attention`; J indexer heads, I indexer width, R rows of a slab, B queries of a program.
 """
@@ -24,8 +25,20 @@ from openkeye.kernels.unions import TILE, Unions, build_unions
 
 SLAB_BYTES = 512 << 20
 # of probabilities and scores that stand in memory at a time
-TEACHER = {"BLOCK_QUERIES": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 3}
-# two programs share an SM, so that one exponentiates while the other multiplies
+TEACHERS = {
+    "64 x 128": {"BLOCK_QUERIES": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
+    "64 x 128, two stages": {"BLOCK_QUERIES": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 2},
+    "128 x 128": {"BLOCK_QUERIES": 128, "BLOCK": 128, "num_warps": 8, "num_stages": 3},
+    "64 x 64": {"BLOCK_QUERIES": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
+}
+# Tiles of pairs. On Hopper two programs of the first share an SM: one exponentiates while the other multiplies. The last has
+# no spills where products stay in more registers.
+
+
+def default_teacher(device: torch.device) -> str:
+    """The tile of pairs that suits the device."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return "64 x 128" if is_hopper else "64 x 64"
 
 
 def dense_indexer_loss(
@@ -40,6 +53,7 @@ def dense_indexer_loss(
     weights_T: Tensor | None = None,
     lse_TH: Tensor | None = None,
     slab_bytes: int = SLAB_BYTES,
+    teacher: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The warm-up's loss over all keys that a query sees: (sum of weights * KL, KL [T] float32 without gradient).
 
@@ -53,6 +67,7 @@ def dense_indexer_loss(
         weights_T: of each query in the loss, so that packing does not change it; None: 1 / T.
         lse_TH: `attention_lse` where the forward pass has it already.
         slab_bytes: bound on probabilities and scores that stand in memory at a time (at least one query's).
+        teacher: a name in TEACHERS; None takes the device's own.
 
     Raises:
         ValueError: tensors that are not served.
@@ -61,7 +76,7 @@ def dense_indexer_loss(
     with torch.no_grad():
         if lse_TH is None:
             lse_TH = attention_lse(query_THD, key_SGD, query_positions_T, scale, first_keys_T)
-        first_keys = torch.zeros_like(query_positions_T) if first_keys_T is None else first_keys_T
+        first_keys = torch.zeros_like(query_positions_T) if first_keys_T is None else first_keys_T.to(query_positions_T.dtype)
         wants = _wants_gradients(index_query_TJI, gates_TJ, index_key_SI)
         gradients = IndexerGradients(index_query_TJI, gates_TJ, index_key_SI) if wants else None
         weights = _weights(weights_T, gates_TJ)
@@ -74,7 +89,7 @@ def dense_indexer_loss(
             positions, first = query_positions_T[rows], first_keys[rows]
             trunk = (query_THD[rows], key_SGD, lse_TH[rows], scale)
             indexer = (index_query_TJI[rows], gates_TJ[rows], index_key_SI)
-            _fill_slab(trunk, indexer, positions, first, probabilities, scores)
+            _fill_slab(trunk, indexer, positions, first, probabilities, scores, teacher)
             _compare_rows(probabilities, scores, first, positions + 1, weights[rows], divergence[rows], wants)
             if gradients is not None:
                 gradients.add_dense(probabilities, rows, positions, first)
@@ -265,12 +280,13 @@ def _fill_slab(
     first_keys_R: Tensor,
     probabilities_RS: Tensor,
     scores_RS: Tensor,
+    teacher: str | None = None,
 ) -> None:
     """Attention's mean probabilities and the indexer's scores of a slab of queries, in every tile with a visible pair."""
     query, key, lse, scale = trunk
     index_query, gates, index_key = indexer
     num_rows, num_heads, width = query.shape
-    constants = dict(TEACHER)
+    constants = TEACHERS[teacher or default_teacher(query.device)]
     grid = (triton.cdiv(key.shape[0], constants["BLOCK"]), triton.cdiv(num_rows, constants["BLOCK_QUERIES"]))
     _teach[grid](
         query.contiguous(),
@@ -363,7 +379,7 @@ def _learn_selected(
         BLOCK=128,
         PRECISION="ieee" if index_key_SI.dtype == torch.float32 else "tf32",
         num_warps=8 if block_queries * num_heads == ROWS else 4,
-        num_stages=3,
+        num_stages=5,
     )
     divergence = torch.empty_like(weights_T)
     _compare_rows(differences, scores, None, counts, weights_T, divergence, wants)

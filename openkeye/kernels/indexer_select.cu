@@ -1,13 +1,15 @@
-// The lightning indexer's selection for sm_90a: scores in fp8 and exact top-k in one kernel, no matrix of scores anywhere.
+// The lightning indexer's selection for sm_90a: scores in fp8 and exact top-k, no matrix of scores anywhere. Five kernels:
+// the keys are arranged, a sample of them is scored, thresholds come of it, all keys are scored, the best are written.
 //
-// A block owns 16 neighbouring queries. Their 16 x 16 heads are the 256 columns of one wgmma tile and stay in shared memory;
-// three warpgroups take turns at stages of 128 keys. The rows of the column operand are ordered so that all heads of a query
-// fall to one thread: weighing and summing them needs no exchange between threads.
+// A block owns 16 neighbouring queries. Their 16 x 16 heads are the columns of two wgmma tiles and stay in shared memory;
+// the warpgroups take turns at stages of 128 keys. While one half of the queries is multiplied with a tile of keys, the
+// products of the other half are weighed, summed and compared. The rows of the column operand are ordered so that all heads of
+// a query fall to one thread: that needs no exchange between threads.
 //
-// The keys are arranged first: in the order in which wgmma reads shared memory, so that a stage is one bulk copy, and a sample
-// of them is drawn, one of every `stride`.
+// Keys are arranged in the order in which wgmma reads shared memory, so that a stage is one bulk copy, and the sample is drawn,
+// one of every `stride`.
 //
-// Instead of writing scores, a row keeps what may still be among its k best. The sample, scored first, gives each
+// Instead of writing scores, a row keeps what may still be among its k best. The scores of the sample give each
 // row a threshold that some k + margin keys are expected to pass; keys that pass are appended to the row's list. A list that
 // fills up is pruned to its k best and the threshold rises to the k-th of them; a list that ends with fewer than k keys (an
 // unlucky sample) is made again without a threshold. So the result is exact whatever the scores are, and only its speed
@@ -26,7 +28,9 @@ namespace {
 constexpr int kTile = 16;                  // queries of a block
 constexpr int kHeads = 16;
 constexpr int kWidth = 64;                 // bytes of a vector in e4m3
-constexpr int kColumns = kTile * kHeads;   // of the wgmma tile
+constexpr int kHalf = kTile / 2;           // queries of a wgmma tile
+constexpr int kColumns = kHalf * kHeads;   // of it
+constexpr int kProducts = kColumns / 2;    // a thread's share of a wgmma tile
 constexpr int kKeys = 64;                  // rows of the wgmma tile
 constexpr int kStageKeys = 128;
 constexpr int kStageBytes = kStageKeys * (kWidth + 4);
@@ -34,55 +38,79 @@ constexpr int kGroups = 3;                 // warpgroups
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroups * kGroupThreads;
 constexpr int kStages = 4;
-constexpr int kRound = 4;                  // stages of a warpgroup between two looks at the lists
+constexpr int kRound = 2;                  // stages of a warpgroup between two looks at the lists
 constexpr int kOwners = 32;                // strands of a row's list in each warpgroup
 constexpr int kStrands = kGroups * kOwners;
-constexpr int kSlots = 128;                // entries of a strand
+constexpr int kSlots = 80;                 // entries of a strand
 constexpr int kSlotBytes = kOwners * 8;    // between the entries of a strand: a warp reads 32 strands at once
 constexpr int kFullAt = kSlots - kRound * (kStageKeys / kOwners);
-constexpr int kInRegisters = 20;           // slots of each warpgroup's strands that a thread holds during the selection
 constexpr int kBins = 2048;
 constexpr int kNear = 8;                   // entries around the wanted one that a sample's threshold may be off
 constexpr int kTies = 128;                 // entries of a bin that are ranked by comparing all pairs
 constexpr int kWindow = 131072;            // positions of the bitmap that sorts a selection
-constexpr int kSampleAbove = 16384;        // visible keys from which a sample pays
-constexpr int kSampled = 4096;             // keys of a sample at most
+constexpr int kGroupWarps = kGroupThreads / 32;
+constexpr int kUsualSlots = 56;            // of the longest strand of most rows
+constexpr int kMaxK = kFullAt * kStrands / 2;
+constexpr int kSampled = 6144;             // keys of a sample at most: as many as a list holds without a threshold
+constexpr int kSampleSlots = (kSampled / kStageKeys + kGroups - 1) / kGroups * (kStageKeys / kOwners);
+constexpr int kMinStride = 16;             // of the sample: every 16th key costs a sixteenth of the work
 constexpr int kPadding = 2 * kStageKeys;   // keys past the end that a stage may copy; none is ever chosen
 
 constexpr float kLargest = 3.402823466e38f;
 
+// What a warpgroup needs to select from a list.
 struct GroupScratch {
-  uint32_t bitmap[kWindow / 32];
   uint32_t bins[kBins];
   unsigned long long ties[kTies];
-  unsigned long long kth, high, low;
-  int warp_sums[4];
+  unsigned long long kth;
+  uint32_t warp_values[2][kGroupWarps];
   int bin, above, in_bin, num_ties, num_kept;
 };
 
-struct Shared {
-  alignas(1024) uint8_t query[kColumns * kWidth];
+// The keys a pass scores: from `begin` on, a multiple of 8.
+struct Pass {
+  const uint8_t* keys;
+  const float* scales;
+  int begin;
+  int number_from;                         // position of the first one, as entries name it
+};
+
+struct Stages {
   alignas(1024) uint8_t keys[kGroups][kStages][kStageKeys * kWidth];
   alignas(16) float scales[kGroups][kStages][kStageKeys];
+};
+
+struct Shared {
+  alignas(1024) uint8_t query[2][kColumns * kWidth];
+  Stages stages;
   alignas(8) uint64_t arrived[kGroups][kStages];
-  alignas(16) float weights[kTile * kHeads];
+  alignas(16) float weights[2][kHalf * kHeads];
   alignas(16) float threshold[kTile];
   alignas(16) int first[kTile];
   alignas(16) int last[kTile];
   uint8_t count[kTile][kStrands];          // entries of every strand, once a pass has ended or a list is full
-  int total[kTile];                        // and of the row
-  int longest[kTile];                      // strand of the row
   int is_long[kTile];
   int needs_again;
+  int begin, end;                          // between them some row sees a key
+  int all_from, all_to;                    // and from here to there every row that selects
+  Pass pass;
   GroupScratch group[kGroups];
 };
 
 static_assert(sizeof(Shared) <= 232448, "a block of sm_90 has 227 KiB of shared memory");
 
+struct SelectorMemory {
+  GroupScratch scratch;
+  alignas(16) uint32_t bitmap[kWindow / 32];
+  alignas(16) int selected[kMaxK];
+};
+
+static_assert(sizeof(SelectorMemory) <= 49152, "more shared memory would have to be asked for");
+
 extern __shared__ __align__(1024) uint8_t block_memory[];
 
 // By these names everywhere, so that the compiler knows the address space.
-#define scratch (shared.group[group])
+#define selector (*reinterpret_cast<SelectorMemory*>(block_memory))
 #define shared (*reinterpret_cast<Shared*>(block_memory))
 
 struct Arguments {
@@ -92,13 +120,18 @@ struct Arguments {
   const float* scales;     // [S + padding]
   const uint8_t* sample;   // [S / stride + padding, 64], arranged
   const float* sample_scales;
-  int stride;
+  int stride, sample_rank;
+  int is_sample;           // the lists are of the sample
   const void* first;       // [T] first visible key, or null for 0
   const void* last;        // [T] last visible key
   int are_wide;            // first and last are int64
   int num_queries, num_keys, k;
   int* out;                // [T, k]
+  // Of the tiles that are dealt with together:
+  int first_tile, num_tiles;
   uint8_t* lists;
+  uint8_t* counts;         // [tiles, 16, strands]
+  float* thresholds;       // [tiles, 16]
 };
 
 constexpr int64_t kListBytes = (int64_t)kGroups * kSlots * kSlotBytes;
@@ -153,75 +186,76 @@ __device__ __forceinline__ float from_ordered(uint32_t bits) {
 
 __device__ __forceinline__ int position_of(unsigned long long value) { return (int)~(uint32_t)value; }
 
+// The same value in all threads of a warp, and known to be.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 __device__ __forceinline__ int load_bound(const void* bounds, int are_wide, int row) {
   return are_wide ? (int)((const long long*)bounds)[row] : ((const int*)bounds)[row];
 }
 
 #define A8(b) "%" #b "0, %" #b "1, %" #b "2, %" #b "3, %" #b "4, %" #b "5, %" #b "6, %" #b "7, %" #b "8, %" #b "9, "
-#define ACCUMULATORS                                                                                                    \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " A8(1) A8(2) A8(3) A8(4) A8(5) A8(6) A8(7) A8(8) A8(9) A8(10) A8(11)        \
-      "%120, %121, %122, %123, %124, %125, %126, %127"
+#define ACCUMULATORS "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " A8(1) A8(2) A8(3) A8(4) A8(5) "%60, %61, %62, %63"
 #define D4(m, i) m(d[i]), m(d[i + 1]), m(d[i + 2]), m(d[i + 3])
 #define D16(m, i) D4(m, i), D4(m, i + 4), D4(m, i + 8), D4(m, i + 12)
-#define D128(m) D16(m, 0), D16(m, 16), D16(m, 32), D16(m, 48), D16(m, 64), D16(m, 80), D16(m, 96), D16(m, 112)
+#define D64(m) D16(m, 0), D16(m, 16), D16(m, 32), D16(m, 48)
 #define OUT(x) "=f"(x)
 #define INOUT(x) "+f"(x)
 
-// Starts d = keys . queries: [64, 256], width 64 in two steps of 32.
-__device__ __forceinline__ void start_products(float (&d)[128], uint64_t keys, uint64_t queries) {
+// Starts d = keys . queries: [64, 128], width 64 in two steps of 32.
+__device__ __forceinline__ void start_products(float (&d)[kProducts], uint64_t keys, uint64_t queries) {
   asm volatile(
       "{\n"
       "wgmma.fence.sync.aligned;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" ACCUMULATORS "}, %128, %129, 0, 1, 1;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" ACCUMULATORS "}, %130, %131, 1, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" ACCUMULATORS "}, %64, %65, 0, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" ACCUMULATORS "}, %66, %67, 1, 1, 1;\n"
       "wgmma.commit_group.sync.aligned;\n"
       "}\n"
-      : D128(OUT)
+      : D64(OUT)
       : "l"(keys), "l"(queries), "l"(keys + 2), "l"(queries + 2)
       : "memory");
 }
 
-__device__ __forceinline__ void finish_products(float (&d)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;\n" : D128(INOUT)::"memory");
+// Waits until at most kPending of the products started last are unfinished; d is not among them.
+template <int kPending>
+__device__ __forceinline__ void finish_products(float (&d)[kProducts]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+  // Nothing may read the products before this point.
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The keys a pass scores: `num` from `begin` on, a multiple of 8.
-struct Pass {
-  const uint8_t* keys;
-  const float* scales;
-  int begin, num;
-};
-
 // Stages of a warpgroup, counted through all passes: which buffer, and which turn of its barrier.
-__device__ __forceinline__ void load_stage(const Pass& pass, int group, uint32_t counted, int number) {
+__device__ __forceinline__ void load_stage(int group, uint32_t counted, int number) {
+  const Pass& pass = shared.pass;
   const int stage = counted % kStages, start = pass.begin + number * kStageKeys;
   const uint32_t barrier = shared_address(&shared.arrived[group][stage]);
   expect_bytes(barrier, kStageBytes);
-  copy_in_bulk(shared_address(shared.keys[group][stage]), pass.keys + (int64_t)start * kWidth, kStageKeys * kWidth, barrier);
-  copy_in_bulk(shared_address(shared.scales[group][stage]), pass.scales + start, kStageKeys * 4, barrier);
+  copy_in_bulk(shared_address(shared.stages.keys[group][stage]), pass.keys + (int64_t)start * kWidth, kStageKeys * kWidth, barrier);
+  copy_in_bulk(shared_address(shared.stages.scales[group][stage]), pass.scales + start, kStageKeys * 4, barrier);
 }
 
-// Where this thread appends: the byte offsets of its strands' ends, for queries 4 (lane % 4) + a.
+// Where this thread appends: the byte offsets of its strands' ends, for the queries of `query_of`.
 struct Strands {
   uint32_t end[4];
+  __device__ __forceinline__ static int query_of(int thread, int a) { return (a >> 1) * kHalf + 2 * (thread & 3) + (a & 1); }
   __device__ __forceinline__ static uint32_t begin(int query, int group, int owner) {
     return ((query * kGroups + group) * kSlots) * kSlotBytes + owner * 8;
   }
   __device__ __forceinline__ static int owner(int thread) { return (thread >> 5) * 8 + ((thread & 31) >> 2); }
   __device__ __forceinline__ int count(int a, int group, int thread) const {
-    return (int)(end[a] - begin(4 * (thread & 3) + a, group, owner(thread))) / kSlotBytes;
+    return (int)(end[a] - begin(query_of(thread, a), group, owner(thread))) / kSlotBytes;
   }
-  __device__ __forceinline__ void set_counts(int group, int thread, bool is_empty) {
+  __device__ __forceinline__ void set_counts(int group, int thread) {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
-      const int query = 4 * (thread & 3) + a, strand = group * kOwners + owner(thread);
-      end[a] = begin(query, group, owner(thread)) + (is_empty ? 0 : shared.count[query][strand]) * kSlotBytes;
+      const int query = query_of(thread, a), strand = group * kOwners + owner(thread);
+      end[a] = begin(query, group, owner(thread)) + shared.count[query][strand] * kSlotBytes;
     }
   }
   __device__ __forceinline__ void publish_counts(int group, int thread) const {
 #pragma unroll
     for (int a = 0; a < 4; ++a)
-      shared.count[4 * (thread & 3) + a][group * kOwners + owner(thread)] = (uint8_t)count(a, group, thread);
+      shared.count[query_of(thread, a)][group * kOwners + owner(thread)] = (uint8_t)count(a, group, thread);
   }
   __device__ __forceinline__ bool is_one_full(int group, int thread) const {
     int most = 0;
@@ -231,18 +265,33 @@ struct Strands {
   }
 };
 
+// In predicated instructions: while products are under way the threads of a warp must not part.
+__device__ __forceinline__ void append_if_passed(float score, float limit, int is_seen, int key, uint8_t* lists,
+                                                 uint32_t& end) {
+  asm volatile(
+      "{\n"
+      ".reg .pred seen, passed;\n"
+      "setp.ne.s32 seen, %3, 0;\n"
+      "setp.ge.and.f32 passed, %1, %2, seen;\n"
+      "@passed st.global.v2.b32 [%5], {%4, %6};\n"
+      "@passed add.u32 %0, %0, %7;\n"
+      "}\n"
+      : "+r"(end)
+      : "f"(score), "f"(limit), "r"(is_seen), "r"(key), "l"(lists + end), "r"(__float_as_int(score)), "n"(kSlotBytes)
+      : "memory");
+}
+
 // Sums over the heads and appends what passes. Thread layout of the products: rows (keys) lane / 4 and + 8 of the warp's 16,
-// columns 8 i + 2 (lane % 4) + b, which hold query 4 (lane % 4) + i / 8 and head 2 (i % 8) + b.
-template <bool kNearAnEnd>
-__device__ __forceinline__ void append(const float (&d)[128], uint8_t* lists, Strands& strands, const float* scales, int key,
-                                       int thread) {
+// columns 8 i + 2 (lane % 4) + b, which hold query 2 (lane % 4) + i / 8 of the half and head 2 (i % 8) + b.
+template <bool kIsEnd>
+__device__ __forceinline__ void append(const float (&d)[kProducts], uint8_t* lists, Strands& strands, int half,
+                                       const float* scales, int key, int thread) {
   const int quad = thread & 3, row = (thread >> 5) * 16 + ((thread & 31) >> 2);
   const float scale0 = scales[row], scale1 = scales[row + 8];
-  const float4* weights = reinterpret_cast<const float4*>(shared.weights);
-  const float4 limits = reinterpret_cast<const float4*>(shared.threshold)[quad];
-  const float limit[4] = {limits.x, limits.y, limits.z, limits.w};
+  const float4* weights = reinterpret_cast<const float4*>(shared.weights[half]);
+  const float2 limits = *reinterpret_cast<const float2*>(&shared.threshold[half * kHalf + 2 * quad]);
 #pragma unroll
-  for (int a = 0; a < 4; ++a) {
+  for (int a = 0; a < 2; ++a) {
     float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
@@ -257,60 +306,59 @@ __device__ __forceinline__ void append(const float (&d)[128], uint8_t* lists, St
         sum1 = fmaf(y + fabsf(y), each[e], sum1);
       }
     }
+    const float limit = a ? limits.y : limits.x;
+    uint32_t& end = strands.end[2 * half + a];
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       // A score that is no number ranks last: every row must end with k entries.
       const float score = fmaxf((below ? sum1 : sum0) * (below ? scale1 : scale0), -kLargest);
-      const int mine = key + row + 8 * below;
-      bool is_passed = score >= limit[a];
-      if (kNearAnEnd) is_passed &= mine >= shared.first[4 * quad + a] && mine <= shared.last[4 * quad + a];
-      if (is_passed) {
-        *reinterpret_cast<int2*>(lists + strands.end[a]) = make_int2(mine, __float_as_int(score));
-        strands.end[a] += kSlotBytes;
-      }
+      const int mine = key + row + 8 * below, query = half * kHalf + 2 * quad + a;
+      int is_seen = 1;
+      if (kIsEnd) is_seen = mine >= shared.first[query] && mine <= shared.last[query];
+      append_if_passed(score, limit, is_seen, mine, lists, end);
     }
   }
 }
 
-// Sum over the warpgroup of everything before this thread; `total` is the whole sum.
-__device__ __forceinline__ int exclusive_sum(int group, int thread, int value, int& total) {
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, step);
-    if ((thread & 31) >= step) sum += other;
-  }
-  if ((thread & 31) == 31) scratch.warp_sums[thread >> 5] = sum;
-  group_barrier(group);
-  int before = 0;
-  total = 0;
-#pragma unroll
-  for (int warp = 0; warp < 4; ++warp) {
-    before += warp < (thread >> 5) ? scratch.warp_sums[warp] : 0;
-    total += scratch.warp_sums[warp];
-  }
-  group_barrier(group);
-  return before + sum - value;
-}
-
-__device__ __forceinline__ unsigned long long read_entry(const uint8_t* place) {
-  const int2 raw = __ldcg(reinterpret_cast<const int2*>(place));
+__device__ __forceinline__ unsigned long long ordered_entry(int2 raw) {
   return ((unsigned long long)ordered(__int_as_float(raw.y)) << 32) | (uint32_t)~raw.x;
 }
 
-// The entries of a row's list, for a whole warpgroup: visit(entry) is called once for each. A warp reads a slot of 32 strands
-// at a time. From registers, where the strands are short enough; else from memory every time.
-struct FromRegisters {
-  unsigned long long values[kGroups][kInRegisters];
-  __device__ __forceinline__ FromRegisters(const uint8_t* list, int query, int thread) {
-    const int lane = thread & 31, warp = thread >> 5;
+// A row's list as a lane sees it: where it is, how many entries the lane's strands have, and the longest and the sum of all.
+struct List {
+  const uint8_t* entries;
+  int counts[kGroups];
+  int longest, total;
+};
+
+__device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t* counts) {
+  List list;
+  list.entries = entries;
+  int most = 0, sum = 0;
+#pragma unroll
+  for (int from = 0; from < kGroups; ++from) {
+    list.counts[from] = counts[from * kOwners + (threadIdx.x & 31)];
+    most = max(most, list.counts[from]);
+    sum += list.counts[from];
+  }
+  list.longest = __reduce_max_sync(~0u, most);
+  list.total = __reduce_add_sync(~0u, sum);
+  return list;
+}
+
+// The entries of a list in the registers of a warpgroup; each(visit) calls visit(entry) once for every one.
+template <int kMostSlots>
+struct Entries {
+  static constexpr int kEach = kMostSlots / kGroupWarps;
+  unsigned long long values[kGroups][kEach];
+  __device__ __forceinline__ Entries(const List& list, int thread) {
 #pragma unroll
     for (int from = 0; from < kGroups; ++from) {
-      const int count = shared.count[query][from * kOwners + lane];
 #pragma unroll
-      for (int i = 0; i < kInRegisters; ++i) {
-        const int slot = i * 4 + warp;
-        values[from][i] = slot < count ? read_entry(list + (from * kSlots + slot) * kSlotBytes + lane * 8) : 0ull;
+      for (int i = 0; i < kEach; ++i) {
+        const int slot = i * kGroupWarps + (thread >> 5);
+        const uint8_t* place = list.entries + (from * kSlots + slot) * kSlotBytes + (thread & 31) * 8;
+        values[from][i] = slot < list.counts[from] ? ordered_entry(__ldcg(reinterpret_cast<const int2*>(place))) : 0ull;
       }
     }
   }
@@ -319,79 +367,67 @@ struct FromRegisters {
 #pragma unroll
     for (int from = 0; from < kGroups; ++from)
 #pragma unroll
-      for (int i = 0; i < kInRegisters; ++i)
+      for (int i = 0; i < kEach; ++i)
         if (values[from][i]) visit(values[from][i]);
   }
 };
 
-struct FromMemory {
-  const uint8_t* list;
-  int query, thread;
-  __device__ __forceinline__ FromMemory(const uint8_t* list, int query, int thread)
-      : list(list), query(query), thread(thread) {}
-  template <typename Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-    const int lane = thread & 31, longest = shared.longest[query];
-    for (int from = 0; from < kGroups; ++from) {
-      const int count = shared.count[query][from * kOwners + lane];
-#pragma unroll 4
-      for (int slot = thread >> 5; slot < longest; slot += 4)
-        if (slot < count) visit(read_entry(list + (from * kSlots + slot) * kSlotBytes + lane * 8));
-    }
+// Sum over the warpgroup of everything before this thread; `total` is the whole sum.
+__device__ __forceinline__ int exclusive_sum(GroupScratch& scratch, int group, int thread, int value, int& total) {
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, step);
+    if ((thread & 31) >= step) sum += other;
   }
-};
-
-// Totals of the counts that a pass has published; one warp a row.
-__device__ __forceinline__ void count_rows() {
-  for (int query = threadIdx.x / 32; query < kTile; query += kThreads / 32) {
-    int total = 0, longest = 0;
-    for (int strand = threadIdx.x & 31; strand < kStrands; strand += 32) {
-      total += shared.count[query][strand];
-      longest = max(longest, (int)shared.count[query][strand]);
-    }
-    total = __reduce_add_sync(~0u, total);
-    longest = __reduce_max_sync(~0u, longest);
-    if ((threadIdx.x & 31) == 0) {
-      shared.total[query] = total;
-      shared.longest[query] = longest;
-    }
+  if ((thread & 31) == 31) scratch.warp_values[0][thread >> 5] = (uint32_t)sum;
+  group_barrier(group);
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int warp = 0; warp < kGroupWarps; ++warp) {
+    before += warp < (thread >> 5) ? (int)scratch.warp_values[0][warp] : 0;
+    total += (int)scratch.warp_values[0][warp];
   }
+  group_barrier(group);
+  return before + sum - value;
 }
 
-// The bin of 2,048 between the smallest and largest entry in which the wanted-th largest lies, refined until it holds at most
-// kFew entries. Afterwards low and high of the scratch bound the bin, `wanted` is the rank inside it.
-template <int kFew, typename Entries>
-__device__ __forceinline__ void narrow(const Entries& entries, int group, int thread, int& wanted) {
-  unsigned long long high = 0, low = ~0ull;
+struct Range {
+  unsigned long long low, high;
+};
+
+// Of 2,048 bins between the smallest and largest entry the one in which the wanted-th largest lies, refined until it holds at
+// most kFew entries; `wanted` becomes the rank inside it. The bins are zero before and after.
+template <int kFew, int kMostSlots>
+__device__ __forceinline__ Range narrow(const Entries<kMostSlots>& entries, GroupScratch& scratch, int group, int thread,
+                                        int& wanted) {
+  uint32_t largest = 0, smallest = ~0u;
   entries.each([&](unsigned long long value) {
-    high = value > high ? value : high;
-    low = value < low ? value : low;
+    largest = max(largest, (uint32_t)(value >> 32));
+    smallest = min(smallest, (uint32_t)(value >> 32));
   });
-#pragma unroll
-  for (int step = 16; step; step /= 2) {
-    const unsigned long long h = __shfl_xor_sync(~0u, high, step), l = __shfl_xor_sync(~0u, low, step);
-    high = h > high ? h : high;
-    low = l < low ? l : low;
-  }
-  if (thread == 0) {
-    scratch.high = 0;
-    scratch.low = ~0ull;
-  }
-  group_barrier(group);
+  largest = __reduce_max_sync(~0u, largest);
+  smallest = __reduce_min_sync(~0u, smallest);
   if ((thread & 31) == 0) {
-    atomicMax(&scratch.high, high);
-    atomicMin(&scratch.low, low);
+    scratch.warp_values[0][thread >> 5] = largest;
+    scratch.warp_values[1][thread >> 5] = smallest;
   }
   group_barrier(group);
-  high = scratch.high;
-  low = scratch.low;
+#pragma unroll
+  for (int warp = 0; warp < kGroupWarps; ++warp) {
+    largest = max(largest, scratch.warp_values[0][warp]);
+    smallest = min(smallest, scratch.warp_values[1][warp]);
+  }
+  group_barrier(group);
+  Range range{(unsigned long long)smallest << 32, ((unsigned long long)largest << 32) | ~0u};
   for (;;) {
-    const int bits = 64 - __clzll(high - low);
-    const int shift = bits > 11 ? bits - 11 : 0;
+    const int bits = 64 - __clzll(range.high - range.low), shift = bits > 11 ? bits - 11 : 0;
     entries.each([&](unsigned long long value) {
-      if (value >= low && value <= high) atomicAdd(&scratch.bins[(value - low) >> shift], 1u);
+      if (value >= range.low && value <= range.high) atomicAdd(&scratch.bins[(value - range.low) >> shift], 1u);
     });
     group_barrier(group);
+    // The first thread looks at the largest bins.
     constexpr int kOwn = kBins / kGroupThreads;
     int own[kOwn], sum = 0;
 #pragma unroll
@@ -402,7 +438,7 @@ __device__ __forceinline__ void narrow(const Entries& entries, int group, int th
       sum += own[i];
     }
     int total;
-    int above = exclusive_sum(group, thread, sum, total);
+    int above = exclusive_sum(scratch, group, thread, sum, total);
     if (above < wanted && above + sum >= wanted) {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
@@ -415,88 +451,80 @@ __device__ __forceinline__ void narrow(const Entries& entries, int group, int th
       }
     }
     group_barrier(group);
-    low += (unsigned long long)scratch.bin << shift;
-    const unsigned long long end = low + ((1ull << shift) - 1);
-    high = end < high ? end : high;
+    range.low += (unsigned long long)scratch.bin << shift;
+    const unsigned long long end = range.low + ((1ull << shift) - 1);
+    range.high = end < range.high ? end : range.high;
     wanted -= scratch.above;
     const bool is_done = scratch.in_bin <= kFew || shift == 0;
     group_barrier(group);
-    if (is_done) break;
+    if (is_done) return range;
   }
-  if (thread == 0) {
-    scratch.low = low;
-    scratch.high = high;
-  }
-  group_barrier(group);
 }
 
-// The wanted-th largest entry itself.
-template <typename Entries>
-__device__ __forceinline__ unsigned long long find_kth(const Entries& entries, int group, int thread,
-                                                       int wanted) {
+// Writes the positions of the k best entries, ascending: a bitmap sorts them. It is zero before and after.
+template <int kMostSlots>
+__device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, SelectorMemory& memory, int thread, int begin,
+                                          int end, int k, int* out) {
+  GroupScratch& scratch = memory.scratch;
+  int wanted = k;
   if (thread == 0) scratch.num_ties = 0;
-  narrow<kTies>(entries, group, thread, wanted);
-  const unsigned long long low = scratch.low, high = scratch.high;
+  const Range range = narrow<kTies>(entries, scratch, 0, thread, wanted);
   entries.each([&](unsigned long long value) {
-    if (value >= low && value <= high) scratch.ties[atomicAdd(&scratch.num_ties, 1)] = value;
+    if (value >= range.low && value <= range.high) scratch.ties[atomicAdd(&scratch.num_ties, 1)] = value;
   });
-  group_barrier(group);
-  const int num = scratch.num_ties;
-  if (thread < num) {
+  __syncthreads();
+  const int num_ties = scratch.num_ties;
+  if (thread < num_ties) {
     const unsigned long long mine = scratch.ties[thread];
     int rank = 0;
-    for (int i = 0; i < num; ++i) rank += scratch.ties[i] > mine ? 1 : 0;
+    for (int i = 0; i < num_ties; ++i) rank += scratch.ties[i] > mine ? 1 : 0;
     if (rank == wanted - 1) scratch.kth = mine;
   }
-  group_barrier(group);
-  return scratch.kth;
-}
-
-// Writes the positions of all entries from `kth` up, ascending: a bitmap sorts them.
-template <typename Entries>
-__device__ __forceinline__ void write_row(const Entries& entries, int group, int thread,
-                                          unsigned long long kth, int begin, int end, int* out) {
+  __syncthreads();
+  const unsigned long long kth = scratch.kth;
   int written = 0;
   for (int window = begin; window < end; window += kWindow) {
     entries.each([&](unsigned long long value) {
       const unsigned int place = (unsigned int)(position_of(value) - window);
-      if (value >= kth && place < (unsigned int)kWindow) atomicOr(&scratch.bitmap[place >> 5], 1u << (place & 31));
+      if (value >= kth && place < (unsigned int)kWindow) atomicOr(&memory.bitmap[place >> 5], 1u << (place & 31));
     });
-    group_barrier(group);
+    __syncthreads();
     const int num_words = (min(kWindow, end - window) + 31) / 32;
     // An odd number of words a thread keeps the threads of a warp on different banks.
     const int own = ((num_words + kGroupThreads - 1) / kGroupThreads) | 1;
     const int from = min(num_words, thread * own), to = min(num_words, from + own);
     int sum = 0;
-    for (int word = from; word < to; ++word) sum += __popc(scratch.bitmap[word]);
+    for (int word = from; word < to; ++word) sum += __popc(memory.bitmap[word]);
     int total;
-    int place = written + exclusive_sum(group, thread, sum, total);
+    int place = written + exclusive_sum(scratch, 0, thread, sum, total);
     for (int word = from; word < to; ++word) {
-      uint32_t bits = scratch.bitmap[word];
-      scratch.bitmap[word] = 0;
+      uint32_t bits = memory.bitmap[word];
+      memory.bitmap[word] = 0;
       while (bits) {
-        out[place++] = window + word * 32 + __ffs(bits) - 1;
+        memory.selected[place++] = window + word * 32 + __ffs(bits) - 1;
         bits &= bits - 1;
       }
     }
     written += total;
-    group_barrier(group);
+    __syncthreads();
   }
+  for (int i = thread; i < k; i += kGroupThreads) out[i] = memory.selected[i];
 }
 
 __device__ __noinline__ void load_queries(const Arguments& a, int tile) {
-  for (int piece = threadIdx.x; piece < kColumns * 4; piece += kThreads) {
-    const int row = piece >> 2, chunk = piece & 3;
-    const int query = 4 * ((row & 7) >> 1) + (row >> 6), head = ((row >> 3) & 7) * 2 + (row & 1);
+  for (int piece = threadIdx.x; piece < 2 * kColumns * 4; piece += kThreads) {
+    const int half = piece / (kColumns * 4), row = piece / 4 % kColumns, chunk = piece & 3;
+    const int query = half * kHalf + 2 * ((row & 7) >> 1) + (row >> 6), head = ((row >> 3) & 7) * 2 + (row & 1);
     const int token = tile * kTile + query;
     const bool is_there = token < a.num_queries;
     const int4* from = reinterpret_cast<const int4*>(a.query + ((int64_t)token * kHeads + head) * kWidth + chunk * 16);
-    *reinterpret_cast<int4*>(shared.query + swizzled(row, chunk)) = is_there ? *from : make_int4(0, 0, 0, 0);
+    *reinterpret_cast<int4*>(shared.query[half] + swizzled(row, chunk)) = is_there ? *from : make_int4(0, 0, 0, 0);
   }
   for (int i = threadIdx.x; i < kTile * kHeads; i += kThreads) {
     const int query = i / kHeads, head = i % kHeads, token = tile * kTile + query;
     const float gate = token < a.num_queries ? a.gates[(int64_t)token * kHeads + head] : 0.0f;
-    shared.weights[(((query & 3) * 4 + head / 4) * 4 + (query >> 2)) * 4 + (head & 3)] = 0.5f * gate;
+    const int in_half = query % kHalf;
+    shared.weights[query / kHalf][(((in_half & 1) * 4 + head / 4) * 4 + (in_half >> 1)) * 4 + (head & 3)] = 0.5f * gate;
   }
   if (threadIdx.x < kTile) {
     const int query = threadIdx.x, token = tile * kTile + query;
@@ -511,54 +539,32 @@ __device__ __noinline__ void load_queries(const Arguments& a, int tile) {
   __syncthreads();
 }
 
-// Rows that see at most k keys take them all.
-__device__ __noinline__ void write_short_rows(const Arguments& a, int tile) {
-  for (int query = 0; query < kTile; ++query) {
-    const int token = tile * kTile + query;
-    if (shared.is_long[query] || token >= a.num_queries) continue;
-    const int first = shared.first[query], num = shared.last[query] - first + 1;
-    for (int i = threadIdx.x; i < a.k; i += kThreads) a.out[(int64_t)token * a.k + i] = i < num ? first + i : -1;
-  }
-}
-
 // Leaves at least the k best entries of a list, evenly over its strands, and raises the row's threshold above what can no
-// longer be chosen.
-__device__ __noinline__ void prune(uint8_t* list, int query, int group, int thread, int k) {
+// longer be chosen; for a warpgroup.
+__device__ __forceinline__ void prune(uint8_t* list_bytes, int query, int group, int thread, int k) {
+  GroupScratch& scratch = shared.group[group];
+  const List list = view_list(list_bytes, shared.count[query]);
+  // A closed row's threshold is no number; its list is complete.
+  if (list.longest <= kFullAt || !(shared.threshold[query] <= __int_as_float(0x7f800000))) return;
+  const Entries<kSlots> entries(list, thread);
   // One strand may be full while the row holds few entries, where keys of a period stand out: then all are spread anew.
-  const bool is_choosing = shared.total[query] > k;
   unsigned long long low = 0;
+  const bool is_choosing = list.total > k;
   if (is_choosing) {
     int wanted = k;
-    narrow<kTies>(FromMemory(list, query, thread), group, thread, wanted);
-    low = scratch.low;
+    low = narrow<kTies>(entries, scratch, group, thread, wanted).low;
   }
-  const int lane = thread & 31, longest = shared.longest[query];
   if (thread == 0) scratch.num_kept = 0;
+  // Everything is in registers before any of it is overwritten.
   group_barrier(group);
-  for (int start = 0; start < longest; start += 4) {
-    const int slot = start + (thread >> 5);
-    int2 raw[kGroups];
-    bool is_kept[kGroups];
-#pragma unroll
-    for (int from = 0; from < kGroups; ++from) {
-      const uint8_t* place = list + (from * kSlots + slot) * kSlotBytes + lane * 8;
-      is_kept[from] = slot < shared.count[query][from * kOwners + lane];
-      if (is_kept[from]) {
-        raw[from] = __ldcg(reinterpret_cast<const int2*>(place));
-        is_kept[from] = read_entry(place) >= low;
-      }
-    }
-    // These slots of all strands are read before they are overwritten: what is kept never outruns what was read.
-    group_barrier(group);
-#pragma unroll
-    for (int from = 0; from < kGroups; ++from) {
-      if (!is_kept[from]) continue;
-      const int number = atomicAdd(&scratch.num_kept, 1);
-      const int to = number % kStrands / kOwners, owner = number % kOwners;
-      *reinterpret_cast<int2*>(list + (to * kSlots + number / kStrands) * kSlotBytes + owner * 8) = raw[from];
-    }
-    group_barrier(group);
-  }
+  entries.each([&](unsigned long long value) {
+    if (value < low) return;
+    const int number = atomicAdd(&scratch.num_kept, 1);
+    const int slot = number / kStrands, to = number % kStrands / kOwners, owner = number % kOwners;
+    const int2 raw = make_int2(position_of(value), __float_as_int(from_ordered((uint32_t)(value >> 32))));
+    *reinterpret_cast<int2*>(list_bytes + (to * kSlots + slot) * kSlotBytes + owner * 8) = raw;
+  });
+  group_barrier(group);
   if (thread < kStrands) {
     const int kept = scratch.num_kept;
     shared.count[query][thread] = (uint8_t)(kept / kStrands + (thread < kept % kStrands ? 1 : 0));
@@ -568,111 +574,130 @@ __device__ __noinline__ void prune(uint8_t* list, int query, int group, int thre
     const float limit = from_ordered((uint32_t)(low >> 32));
     shared.threshold[query] = fmaxf(shared.threshold[query], nextafterf(limit, __int_as_float(0x7f800000)));
   }
+  group_barrier(group);
 }
 
 // Looks after the lists when a strand of the block is full; every thread of the block comes here.
-__device__ __noinline__ void prune_full_lists(uint8_t* lists, int group, int thread, int k) {
+__device__ __noinline__ void prune_full_lists(uint8_t* lists, int k) {
+  const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
   __syncthreads();
-  count_rows();
-  __syncthreads();
-  for (int query = group; query < kTile; query += kGroups) {
-    // A closed row's threshold is no number; its list is complete.
-    if (shared.longest[query] > kFullAt && shared.threshold[query] <= __int_as_float(0x7f800000))
-      prune(lists + query * kListBytes, query, group, thread, k);
-  }
+  for (int query = group; query < kTile; query += kGroups) prune(lists + query * kListBytes, query, group, thread, k);
   __syncthreads();
 }
 
-// Scores the keys of a pass and appends what passes the thresholds.
-template <bool kIsSample>
-__device__ __forceinline__ void score(const Pass& pass, uint8_t* lists, Strands& strands, uint32_t& counted, int all_from,
-                                      int all_to, int k, int group, int thread) {
-  const int num_stages = (pass.num + kStageKeys - 1) / kStageKeys;
-  const int num_turns = (num_stages + kGroups * kRound - 1) / (kGroups * kRound) * kRound;
+__device__ __forceinline__ void begin_pass(const Pass& pass) {
+  if (threadIdx.x == 0) shared.pass = pass;
+  __syncthreads();
+}
+
+// The four products of a stage: two tiles of 64 keys with two halves of the queries. The next is under way while one is looked
+// at.
+__device__ __forceinline__ void score_stage(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
+  const uint64_t keys = descriptor(shared_address(shared.stages.keys[group][stage]));
+  const uint64_t queries = descriptor(shared_address(shared.query));
+  constexpr int kApart = kKeys * kWidth / 16, kHalvesApart = kColumns * kWidth / 16;
+  const float* scales = shared.stages.scales[group][stage];
+  float even[kProducts], odd[kProducts];
+  start_products(even, keys, queries);
+  start_products(odd, keys, queries + kHalvesApart);
+  finish_products<1>(even);
+  append<false>(even, lists, strands, 0, scales, key, thread);
+  start_products(even, keys + kApart, queries);
+  finish_products<1>(odd);
+  append<false>(odd, lists, strands, 1, scales, key, thread);
+  start_products(odd, keys + kApart, queries + kHalvesApart);
+  finish_products<1>(even);
+  append<false>(even, lists, strands, 0, scales + kKeys, key + kKeys, thread);
+  finish_products<0>(odd);
+  append<false>(odd, lists, strands, 1, scales + kKeys, key + kKeys, thread);
+}
+
+// The same for a stage that not every row sees whole, one product after the other: every pair is looked at.
+__device__ __forceinline__ void score_end(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    const int half = part & 1, from = part / 2 * kKeys;
+    // Always zero, and the compiler cannot know it: a product begun before the last one is dealt with takes too many registers.
+    const uint32_t zero = (strands.end[0] | strands.end[1] | strands.end[2] | strands.end[3]) >> 31;
+    float products[kProducts];
+    start_products(products, descriptor(shared_address(&shared.stages.keys[group][stage][from * kWidth])) + zero,
+                   descriptor(shared_address(shared.query[half])));
+    finish_products<0>(products);
+    append<true>(products, lists, strands, half, &shared.stages.scales[group][stage][from], key + from, thread);
+  }
+}
+
+// Scores stages `from` to `to` of the pass and appends what passes the thresholds to the lists as the counts say they are.
+// `counted` stages went before; how many they are now comes back.
+template <bool kIsEnd>
+__device__ __forceinline__ uint32_t score(uint8_t* lists, int from, int to, uint32_t counted, int k) {
+  const int group = uniform(threadIdx.x / kGroupThreads), thread = threadIdx.x % kGroupThreads;
+  from = uniform(from);
+  to = uniform(to);
+  Strands strands;
+  strands.set_counts(group, thread);
   if (thread == 0) {
 #pragma unroll
     for (int ahead = 0; ahead < kStages - 1; ++ahead)
-      if (ahead * kGroups + group < num_stages) load_stage(pass, group, counted + ahead, ahead * kGroups + group);
+      if (from + ahead * kGroups + group < to) load_stage(group, counted + ahead, from + ahead * kGroups + group);
   }
-  for (int turn = 0; turn < num_turns; ++turn) {
-    const int mine = turn * kGroups + group, next = mine + (kStages - 1) * kGroups;
-    if (mine < num_stages) {
-      const int stage = counted % kStages;
+  for (int start = from; start < to; start += kRound * kGroups) {
+    const int end = min(to, start + kRound * kGroups);
+    for (int mine = start + group; mine < end; mine += kGroups) {
       // All threads have left the stage before this one: its buffer is free for the next copy.
       group_barrier(group);
-      if (thread == 0 && next < num_stages) load_stage(pass, group, counted + kStages - 1, next);
+      const int next = mine + (kStages - 1) * kGroups, stage = counted % kStages;
+      if (thread == 0 && next < to) load_stage(group, counted + kStages - 1, next);
       wait_for(shared_address(&shared.arrived[group][stage]), counted / kStages & 1);
       ++counted;
-      const int start = mine * kStageKeys, key = (kIsSample ? 0 : pass.begin) + start;
-      const bool is_near_an_end = !kIsSample && (key < all_from || key + kStageKeys - 1 > all_to);
-#pragma unroll 1
-      for (int half = 0; half < kStageKeys; half += kKeys) {
-        float d[128];
-        start_products(d, descriptor(shared_address(shared.keys[group][stage]) + half * kWidth),
-                       descriptor(shared_address(shared.query)));
-        finish_products(d);
-        const float* scales = &shared.scales[group][stage][half];
-        if (is_near_an_end) {
-          append<true>(d, lists, strands, scales, key + half, thread);
-        } else {
-          append<false>(d, lists, strands, scales, key + half, thread);
-        }
+      const int key = shared.pass.number_from + mine * kStageKeys;
+      if (kIsEnd) {
+        score_end(lists, strands, group, stage, key, thread);
+      } else {
+        score_stage(lists, strands, group, stage, key, thread);
       }
     }
-    if (!kIsSample && turn % kRound == kRound - 1 && __syncthreads_or(strands.is_one_full(group, thread))) {
+    if (__syncthreads_or(strands.is_one_full(group, thread))) {
       strands.publish_counts(group, thread);
-      prune_full_lists(lists, group, thread, k);
-      strands.set_counts(group, thread, false);
+      prune_full_lists(lists, k);
+      strands.set_counts(group, thread);
     }
   }
   strands.publish_counts(group, thread);
   __syncthreads();
-  count_rows();
-  __syncthreads();
-}
-
-// Thresholds that some k + margin keys of each row are expected to pass, from the scores of the sample.
-__device__ __noinline__ void set_thresholds(const uint8_t* lists, int sample_rank, int group, int thread) {
-  for (int query = group; query < kTile; query += kGroups) {
-    if (!shared.is_long[query]) continue;
-    int wanted = sample_rank;
-    narrow<kNear>(FromRegisters(lists + query * kListBytes, query, thread), group, thread, wanted);
-    if (thread == 0) shared.threshold[query] = from_ordered((uint32_t)(scratch.low >> 32));
-  }
-  __syncthreads();
-}
-
-// The rows of this warpgroup: exact selection from their lists.
-__device__ __noinline__ void write_long_rows(const Arguments& a, const uint8_t* lists, int tile, int group, int thread) {
-  for (int query = group; query < kTile; query += kGroups) {
-    if (!shared.is_long[query]) continue;
-    const uint8_t* list = lists + query * kListBytes;
-    const int first = shared.first[query], last = shared.last[query];
-    int* out = a.out + (int64_t)(tile * kTile + query) * a.k;
-    if (shared.longest[query] <= kInRegisters * 4) {
-      const FromRegisters entries(list, query, thread);
-      const unsigned long long kth = find_kth(entries, group, thread, a.k);
-      write_row(entries, group, thread, kth, first, last + 1, out);
-    } else {
-      const FromMemory entries(list, query, thread);
-      const unsigned long long kth = find_kth(entries, group, thread, a.k);
-      write_row(entries, group, thread, kth, first, last + 1, out);
-    }
-  }
+  return counted;
 }
 
 // Closes the rows whose lists are complete and opens those whose threshold was too high; true where there are any.
-__device__ __forceinline__ bool must_score_again(int k) {
+__device__ __noinline__ bool must_score_again(int k) {
   if (threadIdx.x == 0) shared.needs_again = 0;
   __syncthreads();
-  if (threadIdx.x < kTile && shared.is_long[threadIdx.x]) {
-    const bool is_short_of = shared.total[threadIdx.x] < k;
-    shared.threshold[threadIdx.x] = is_short_of ? -__int_as_float(0x7f800000) : __int_as_float(0x7fffffff);
-    if (is_short_of) shared.needs_again = 1;
-    for (int strand = 0; is_short_of && strand < kStrands; ++strand) shared.count[threadIdx.x][strand] = 0;
+  for (int query = threadIdx.x / 32; query < kTile; query += kThreads / 32) {
+    if (!shared.is_long[query]) continue;
+    const bool is_short_of = view_list(nullptr, shared.count[query]).total < k;
+    __syncwarp();
+    for (int strand = threadIdx.x & 31; is_short_of && strand < kStrands; strand += 32) shared.count[query][strand] = 0;
+    if ((threadIdx.x & 31) == 0) {
+      shared.threshold[query] = is_short_of ? -__int_as_float(0x7f800000) : __int_as_float(0x7fffffff);
+      if (is_short_of) shared.needs_again = 1;
+    }
   }
   __syncthreads();
   return shared.needs_again;
+}
+
+// Bounds over the rows that select.
+__device__ __noinline__ void set_bounds(int num_keys) {
+  shared.begin = num_keys;
+  shared.end = shared.all_from = 0;
+  shared.all_to = num_keys;
+  for (int query = 0; query < kTile; ++query) {
+    if (!shared.is_long[query]) continue;
+    shared.begin = min(shared.begin, shared.first[query]);
+    shared.end = max(shared.end, shared.last[query] + 1);
+    shared.all_from = max(shared.all_from, shared.first[query]);
+    shared.all_to = min(shared.all_to, shared.last[query]);
+  }
 }
 
 // The sampled key of every stride keys: as good as random, and the same on every run.
@@ -680,7 +705,7 @@ __device__ __forceinline__ int sampled_key(int number, int stride) {
   uint32_t mixed = (uint32_t)number * 2654435761u;
   mixed ^= mixed >> 15;
   mixed *= 2246822519u;
-  return number * stride + (int)((mixed >> 13) & (uint32_t)(stride - 1));
+  return number * stride + (int)((mixed >> 13) % (uint32_t)stride);
 }
 
 // Puts the 16-byte chunks of all keys, and of the sampled ones, where the swizzle of shared memory wants them.
@@ -696,58 +721,95 @@ __global__ void arrange_kernel(const uint8_t* keys, const float* scales, int num
   if (chunk == 0) (is_sample ? sample_scales : arranged_scales)[to] = scales[from];
 }
 
-__global__ void __launch_bounds__(kThreads, 1) select_kernel(const __grid_constant__ Arguments a) {
-  const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
-  uint8_t* lists = a.lists + blockIdx.x * kTile * kListBytes;
-  for (int i = thread; i < kBins; i += kGroupThreads) scratch.bins[i] = 0;
-  for (int i = thread; i < kWindow / 32; i += kGroupThreads) scratch.bitmap[i] = 0;
+// Makes the lists of the tiles: of all their keys, or of the sample.
+__global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ Arguments a) {
   uint32_t counted = 0;
-  if (thread == 0) {
-    for (int stage = 0; stage < kStages; ++stage)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&shared.arrived[group][stage])) : "memory");
+  for (int i = threadIdx.x; i < kGroups * kBins; i += kThreads) shared.group[i / kBins].bins[i % kBins] = 0;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kGroups * kStages; ++i)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&shared.arrived[0][0] + i)) : "memory");
     publish_to_wgmma();
   }
-  const int num_tiles = (a.num_queries + kTile - 1) / kTile;
   // The last tiles see the most keys and begin first.
-  for (int number = blockIdx.x; number < num_tiles; number += gridDim.x) {
-    const int tile = num_tiles - 1 - number;
-    load_queries(a, tile);
-    write_short_rows(a, tile);
-    // Bounds over the rows that select: from begin to end somebody sees a key, from all_from to all_to everybody does.
-    int begin = a.num_keys, end = 0, all_from = 0, all_to = a.num_keys;
-    for (int query = 0; query < kTile; ++query) {
-      if (!shared.is_long[query]) continue;
-      begin = min(begin, shared.first[query]);
-      end = max(end, shared.last[query] + 1);
-      all_from = max(all_from, shared.first[query]);
-      all_to = min(all_to, shared.last[query]);
+  for (int number = blockIdx.x; number < a.num_tiles; number += gridDim.x) {
+    const int tile = a.num_tiles - 1 - number;
+    uint8_t* lists = a.lists + tile * kTile * kListBytes;
+    load_queries(a, a.first_tile + tile);
+    if (threadIdx.x == 0) set_bounds(a.num_keys);
+    if (threadIdx.x < kTile) {
+      // A row that takes no part is closed by a threshold that no score compares with.
+      const float threshold = a.is_sample ? -__int_as_float(0x7f800000) : a.thresholds[tile * kTile + threadIdx.x];
+      shared.threshold[threadIdx.x] = shared.is_long[threadIdx.x] ? threshold : __int_as_float(0x7fffffff);
     }
-    // A row that takes no part is closed by a threshold that no score compares with.
-    if (threadIdx.x < kTile)
-      shared.threshold[threadIdx.x] = shared.is_long[threadIdx.x] ? -__int_as_float(0x7f800000) : __int_as_float(0x7fffffff);
+    for (int i = threadIdx.x; i < kTile * kStrands; i += kThreads) shared.count[i / kStrands][i % kStrands] = 0;
     __syncthreads();
-    if (begin >= end) continue;
-    // The part of the sample that every row sees, in whole eights and stages.
-    const int sample_begin = (all_from + a.stride - 1) / a.stride + 7 & ~7;
-    const int num_sampled = max(0, (all_to + 1) / a.stride - sample_begin) / kStageKeys * kStageKeys;
-    const float expected = (float)a.k / a.stride;
-    const int sample_rank = (int)(expected + 6.0f * sqrtf(expected) + 4.0f);
-    Strands strands;
-    strands.set_counts(group, thread, true);
-    if (all_to - all_from >= kSampleAbove && sample_rank < num_sampled) {
-      const Pass sample{a.sample, a.sample_scales, sample_begin, num_sampled};
-      score<true>(sample, lists, strands, counted, 0, 0, a.k, group, thread);
-      set_thresholds(lists, sample_rank, group, thread);
-      strands.set_counts(group, thread, true);
+    const int begin = shared.begin & ~7, num_stages = max(0, (shared.end - begin + kStageKeys - 1) / kStageKeys);
+    // Keys that not every row sees stand at both ends; of the sample only what every row sees is taken, in whole stages.
+    int from = min(num_stages, (shared.all_from - begin + kStageKeys - 1) / kStageKeys);
+    int to = max(from, (shared.all_to + 1 - begin) / kStageKeys);
+    Pass pass{a.keys, a.scales, begin, begin};
+    if (a.is_sample) {
+      const int first = (shared.all_from + a.stride - 1) / a.stride + 7 & ~7;
+      pass = Pass{a.sample, a.sample_scales, first, 0};
+      from = 0;
+      to = max(0, (shared.all_to + 1) / a.stride - first) / kStageKeys;
+      if (to * kStageKeys <= a.sample_rank) to = 0;
     }
-    const Pass all{a.keys, a.scales, begin & ~7, end - (begin & ~7)};
-    do {
-      score<false>(all, lists, strands, counted, all_from, all_to, a.k, group, thread);
+    begin_pass(pass);
+    // The first keys, those that every row sees, the last keys: one loop, since wgmma allows no calls.
+    for (int part = a.is_sample ? 1 : 0; num_stages > 0; ++part) {
+      if (part & 1) {
+        counted = score<false>(lists, from, to, counted, a.k);
+        if (a.is_sample) break;
+      } else {
+        counted = score<true>(lists, part ? to : 0, part ? num_stages : from, counted, a.k);
+      }
+      if (part < 2) continue;
       if (!must_score_again(a.k)) break;
-      strands.set_counts(group, thread, false);
-    } while (true);
-    write_long_rows(a, lists, tile, group, thread);
+      part = -1;
+    }
+    for (int i = threadIdx.x; i < kTile * kStrands; i += kThreads)
+      a.counts[tile * kTile * kStrands + i] = shared.count[i / kStrands][i % kStrands];
     __syncthreads();
+  }
+}
+
+__device__ __forceinline__ List view_row(const Arguments& a, int row) {
+  return view_list(a.lists + row * kListBytes, a.counts + row * kStrands);
+}
+
+// A threshold that some k + margin keys of a row are expected to pass, from its scores of the sample; a block a row.
+__global__ void __launch_bounds__(kGroupThreads) threshold_kernel(const __grid_constant__ Arguments a) {
+  const int row = blockIdx.x, thread = threadIdx.x;
+  GroupScratch& scratch = selector.scratch;
+  const List list = view_row(a, row);
+  float threshold = -__int_as_float(0x7f800000);
+  if (list.total > a.sample_rank) {
+    for (int i = thread; i < kBins; i += kGroupThreads) scratch.bins[i] = 0;
+    int wanted = a.sample_rank;
+    threshold = from_ordered((uint32_t)(narrow<kNear>(Entries<kSampleSlots>(list, thread), scratch, 0, thread, wanted).low >> 32));
+  }
+  if (thread == 0) a.thresholds[row] = threshold;
+}
+
+// The selection of a row from its list; rows that see at most k keys take them all. A block a row.
+__global__ void __launch_bounds__(kGroupThreads, 4) write_kernel(const __grid_constant__ Arguments a) {
+  const int row = blockIdx.x, token = a.first_tile * kTile + row, thread = threadIdx.x;
+  if (token >= a.num_queries) return;
+  const int last = min(load_bound(a.last, a.are_wide, token), a.num_keys - 1);
+  const int first = a.first ? load_bound(a.first, a.are_wide, token) : 0, num = last - first + 1;
+  int* out = a.out + (int64_t)token * a.k;
+  if (num <= a.k) {
+    for (int i = thread; i < a.k; i += kGroupThreads) out[i] = i < num ? first + i : -1;
+    return;
+  }
+  const List list = view_row(a, row);
+  for (int i = thread; i < kBins; i += kGroupThreads) selector.scratch.bins[i] = 0;
+  for (int i = thread; i < kWindow / 32; i += kGroupThreads) selector.bitmap[i] = 0;
+  if (list.longest <= kUsualSlots) {
+    write_row(Entries<kUsualSlots>(list, thread), selector, thread, first, last + 1, a.k, out);
+  } else {
+    write_row(Entries<kSlots>(list, thread), selector, thread, first, last + 1, a.k, out);
   }
 }
 
@@ -755,16 +817,15 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(const __grid_consta
 
 extern "C" {
 
-// Bytes of scratch a block needs.
-int64_t indexer_select_scratch_bytes() { return kTile * kListBytes; }
+// Bytes of scratch for a tile of 16 queries.
+int64_t indexer_select_tile_bytes() { return kTile * (kListBytes + kStrands + (int64_t)sizeof(float)); }
 
-int indexer_select_max_k() { return kFullAt * kStrands / 2; }
+int indexer_select_max_k() { return kMaxK; }
 
-// Keys of the sample, and one of how many it is: at most kSampled of a whole context.
+// Keys of the sample, and one of how many it is.
 static int sample_stride(int num_keys) {
-  int stride = 16;
-  while (num_keys / stride > kSampled) stride *= 2;
-  return stride;
+  const int stride = (num_keys + kSampled - 1) / kSampled;
+  return stride < kMinStride ? kMinStride : stride;
 }
 
 // Bytes of scratch for the arranged keys and their sample.
@@ -772,13 +833,13 @@ int64_t indexer_select_arranged_bytes(int num_keys) {
   return ((int64_t)num_keys + num_keys / sample_stride(num_keys) + 2 * kPadding + 4) * (kWidth + 4);
 }
 
-// Selects the k best keys of every query. All pointers are on the device and aligned to 16 bytes; `lists` holds num_blocks
-// times the scratch bytes of a block.
+// Selects the k best keys of every query. All pointers are on the device and aligned to 16 bytes; `tiles` holds tiles_at_once
+// times the scratch bytes of a tile.
 int indexer_select(const void* query, const float* gates, const void* keys, const float* scales, const void* first,
-                   const void* last, int are_wide, int num_queries, int num_keys, int k, int* out, void* arranged,
-                   void* lists, int num_blocks, cudaStream_t stream) {
-  const int bytes = sizeof(Shared), stride = sample_stride(num_keys), num_sampled = num_keys / stride;
-  const cudaError_t error = cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+                   const void* last, int are_wide, int num_queries, int num_keys, int k, int* out, void* arranged, void* tiles,
+                   int tiles_at_once, int num_multiprocessors, cudaStream_t stream) {
+  const int stride = sample_stride(num_keys), num_sampled = num_keys / stride, bytes = sizeof(Shared);
+  const cudaError_t error = cudaFuncSetAttribute(score_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
   uint8_t* arranged_keys = (uint8_t*)arranged;
   uint8_t* sample = arranged_keys + ((int64_t)num_keys + kPadding) * kWidth;
@@ -787,9 +848,26 @@ int indexer_select(const void* query, const float* gates, const void* keys, cons
   const int64_t num_pieces = ((int64_t)num_keys + num_sampled) * 4;
   arrange_kernel<<<(unsigned)((num_pieces + 255) / 256), 256, 0, stream>>>(
       (const uint8_t*)keys, scales, num_keys, stride, arranged_keys, arranged_scales, sample, sample_scales);
-  const Arguments arguments{(const uint8_t*)query, gates, arranged_keys, arranged_scales, sample, sample_scales, stride,
-                            first, last, are_wide, num_queries, num_keys, k, out, (uint8_t*)lists};
-  select_kernel<<<num_blocks, kThreads, bytes, stream>>>(arguments);
+  // The threshold lies six standard deviations of the sample below the score that k keys are expected to reach.
+  const float expected = (float)k / stride;
+  const int sample_rank = (int)(expected + 6.0f * sqrtf(expected) + 4.0f);
+  uint8_t* counts = (uint8_t*)tiles + tiles_at_once * kTile * kListBytes;
+  Arguments arguments{(const uint8_t*)query, gates, arranged_keys, arranged_scales, sample, sample_scales, stride, sample_rank, 0,
+                      first, last, are_wide, num_queries, num_keys, k, out, 0, 0, (uint8_t*)tiles, counts,
+                      (float*)(counts + tiles_at_once * kTile * kStrands)};
+  const int num_tiles = (num_queries + kTile - 1) / kTile;
+  for (int start = 0; start < num_tiles; start += tiles_at_once) {
+    arguments.first_tile = start;
+    arguments.num_tiles = num_tiles - start < tiles_at_once ? num_tiles - start : tiles_at_once;
+    const int num_blocks = arguments.num_tiles < num_multiprocessors ? arguments.num_tiles : num_multiprocessors;
+    const int num_rows = arguments.num_tiles * kTile;
+    arguments.is_sample = 1;
+    score_kernel<<<num_blocks, kThreads, bytes, stream>>>(arguments);
+    threshold_kernel<<<num_rows, kGroupThreads, sizeof(GroupScratch), stream>>>(arguments);
+    arguments.is_sample = 0;
+    score_kernel<<<num_blocks, kThreads, bytes, stream>>>(arguments);
+    write_kernel<<<num_rows, kGroupThreads, sizeof(SelectorMemory), stream>>>(arguments);
+  }
   return (int)cudaGetLastError();
 }
 

@@ -86,8 +86,8 @@ def _fused_library() -> ctypes.CDLL | None:
     library = cuda_library("indexer_select")
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        library.indexer_select.argtypes = [pointer] * 6 + [number] * 4 + [pointer] * 3 + [number, pointer]
-        library.indexer_select_scratch_bytes.restype = ctypes.c_int64
+        library.indexer_select.argtypes = [pointer] * 6 + [number] * 4 + [pointer] * 3 + [number] * 2 + [pointer]
+        library.indexer_select_tile_bytes.restype = ctypes.c_int64
         library.indexer_select_arranged_bytes.restype = ctypes.c_int64
     return library
 
@@ -111,10 +111,12 @@ def _select_fused(
     if first is not None:
         first = first.to(last.dtype).contiguous()
     assert last.dtype in (torch.int32, torch.int64) and key_scales_S is not None
-    block_bytes = library.indexer_select_scratch_bytes()
-    num_tiles = -(-num_queries // FUSED_TILE)
-    num_blocks = min(num_tiles, _num_multiprocessors(device), max(1, max_scratch_bytes // block_bytes))
-    lists = torch.empty(num_blocks * block_bytes, dtype=torch.uint8, device=device)
+    tile_bytes, num_multiprocessors = library.indexer_select_tile_bytes(), _num_multiprocessors(device)
+    num_tiles, tiles_at_once = -(-num_queries // FUSED_TILE), max(1, max_scratch_bytes // tile_bytes)
+    # Whole waves of blocks where there are several.
+    tiles_at_once = tiles_at_once // num_multiprocessors * num_multiprocessors or tiles_at_once
+    tiles_at_once = min(num_tiles, tiles_at_once)
+    tiles = torch.empty(tiles_at_once * tile_bytes, dtype=torch.uint8, device=device)
     arranged = torch.empty(library.indexer_select_arranged_bytes(key_SI.shape[0]), dtype=torch.uint8, device=device)
     query, gates, key, scales = (x.contiguous() for x in (query_TJI, gates_TJ.float(), key_SI, key_scales_S))
     with torch.cuda.device(device):
@@ -131,8 +133,9 @@ def _select_fused(
             k,
             indices.data_ptr(),
             arranged.data_ptr(),
-            lists.data_ptr(),
-            num_blocks,
+            tiles.data_ptr(),
+            tiles_at_once,
+            num_multiprocessors,
             torch.cuda.current_stream(device).cuda_stream,
         )
     check_launch(status, "indexer_select")

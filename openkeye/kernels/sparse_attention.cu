@@ -242,6 +242,13 @@ __device__ __forceinline__ void gather(const Arguments& in, Shared<kWidth>& shar
   const int chunk = lane % kChunks, part = lane / kChunks;
   const int row = part / 2 * 8 + warp * 2 + part % 2;
   const uint32_t offset = chunk / 8 * kBlock * kRowBytes + row * kRowBytes + ((chunk % 8 ^ row % 8) << 4);
+  auto copy_rows = [&](uint32_t to, const uint8_t* from, uint32_t row_bytes, uint32_t slot) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const uint32_t its_slot = __shfl_sync(kAll, slot, pass * kAtOnce + part);
+      copy_16(to + pass * kPassBytes, from + static_cast<uint64_t>(its_slot) * row_bytes);
+    }
+  };
   Place place;
   for (int work = blockIdx.x; work < in.num_work; work += gridDim.x) {
     const int tile = work % in.num_tiles, block = work / in.num_tiles;
@@ -257,6 +264,8 @@ __device__ __forceinline__ void gather(const Arguments& in, Shared<kWidth>& shar
     const int group = block / in.num_blocks;
     const uint8_t* key = in.key + group * in.key_group + chunk * 16;
     const uint8_t* value = in.value + group * in.value_group + chunk * 16;
+    // Each as one number, so that a row's address is one multiplication and addition.
+    asm volatile("" : "+l"(key), "+l"(value));
     // Past the union's end stands its last key again, selected by nobody: memory that no list names is never read.
     auto slot_of = [&](int position) {
       return pages ? (pages[position >> in.page_shift] << in.page_shift) + (position & ((1 << in.page_shift) - 1)) : position;
@@ -273,12 +282,7 @@ __device__ __forceinline__ void gather(const Arguments& in, Shared<kWidth>& shar
       const int next_mask = column < count ? masks[column] : 0;
 
       wait_for(&shared.key_free[place.stage], place.round ^ 1);
-      const uint32_t key_to = shared_address(shared.key[place.stage]) + offset;
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const long long from = __shfl_sync(kAll, slot, pass * kAtOnce + part);
-        copy_16(key_to + pass * kPassBytes, key + from * in.key_row);
-      }
+      copy_rows(shared_address(shared.key[place.stage]) + offset, key, in.key_row, slot);
       arrive_after_copies(&shared.key_full[place.stage]);
       uint32_t word = 0;
 #pragma unroll
@@ -291,12 +295,7 @@ __device__ __forceinline__ void gather(const Arguments& in, Shared<kWidth>& shar
       if (lane == 0) arrive(&shared.key_full[place.stage]);
 
       wait_for(&shared.value_free[place.stage], place.round ^ 1);
-      const uint32_t value_to = shared_address(shared.value[place.stage]) + offset;
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const long long from = __shfl_sync(kAll, slot, pass * kAtOnce + part);
-        copy_16(value_to + pass * kPassBytes, value + from * in.value_row);
-      }
+      copy_rows(shared_address(shared.value[place.stage]) + offset, value, in.value_row, slot);
       arrive_after_copies(&shared.value_full[place.stage]);
       place.advance();
       mask = next_mask;

@@ -44,9 +44,11 @@ class Config(NamedTuple):
     # that a thread may have at most; fewer let a second program run on the same SM
 
 
-UNION_CONFIG, NARROW_CONFIG = Config(64, 8, 3), Config(64, 4, 3)
+UNION_CONFIG, NARROW_CONFIG = Config(64, 8, 3), Config(32, 4, 4)
 # for 8 heads in a program and for fewer
 ALONE_CONFIG = Config(32, 4, 4)
+FLOAT32_CONFIG, FLOAT32_ALONE_CONFIG = Config(16, 8, 2), Config(32, 4, 2)
+# Numbers twice as wide: fewer keys in shared memory.
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,9 @@ def attend_unions(call: Call, share: float, config: Config | None = None) -> Non
     """The same in Triton."""
     num_queries, num_heads, width = call.query_THD.shape
     block_heads = min(MAX_HEADS, triton.next_power_of_2(call.group))
-    config = config or (UNION_CONFIG if block_heads == MAX_HEADS else NARROW_CONFIG)
+    if config is None:
+        config = UNION_CONFIG if block_heads == MAX_HEADS else NARROW_CONFIG
+        config = FLOAT32_CONFIG if call.query_THD.dtype == torch.float32 else config
     num_tiles, room = call.unions.keys_NU.shape
     # The tile is the fast index: the programs of one KV head run together and find its keys in the cache.
     _attend[(num_tiles, call.key_SGD.shape[1] * triton.cdiv(call.group, block_heads))](
@@ -264,10 +268,11 @@ def attend_unions(call: Call, share: float, config: Config | None = None) -> Non
     )
 
 
-def attend_alone(call: Call, share: float, config: Config = ALONE_CONFIG) -> None:
+def attend_alone(call: Call, share: float, config: Config | None = None) -> None:
     """Fills output and lse of the tiles whose unions have more than `call.most(share)` keys, query by query."""
     num_queries, num_heads, width = call.query_THD.shape
     num_blocks = call.key_SGD.shape[1] * triton.cdiv(call.group, ALONE_ROWS)
+    config = config or (FLOAT32_ALONE_CONFIG if call.query_THD.dtype == torch.float32 else ALONE_CONFIG)
     _attend_alone[(triton.cdiv(num_queries, ALONE_QUERIES), num_blocks)](
         call.query_THD,
         call.key_SGD,

@@ -121,7 +121,7 @@ def sparse_decode(
     is_fp8 = key_SGD.dtype == torch.float8_e4m3fn
     is_native = is_fp8 and has_fp8(key_SGD.device)
     key, value = (x.view(torch.uint8) if is_fp8 and not is_native else x for x in (key_SGD, value_SGD))
-    is_float32 = query_BHD.dtype == torch.float32
+    padded_splits = triton.next_power_of_2(plan.num_splits)
     _decode[(num_requests, num_blocks, plan.num_splits)](
         query_BHD.contiguous(),
         key,
@@ -135,26 +135,15 @@ def sparse_decode(
         output,
         indices.shape[1],
         page_table_BP.stride(0) if page_table_BP is not None else 0,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
+        *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
         scale * math.log2(math.e),
-        HEADS=num_heads,
-        GROUP=group,
-        GROUPS=key.shape[1],
-        TOGETHER=plan.num_groups,
-        WIDTH=width,
-        ROWS=rows,
-        MERGED=min(rows, triton.next_power_of_2(plan.num_groups * group)),
-        BLOCK=plan.block,
-        NUM_SPLITS=plan.num_splits,
-        PADDED_SPLITS=triton.next_power_of_2(plan.num_splits),
-        UNROLLED=min(8, triton.next_power_of_2(plan.num_splits)),
+        **{"HEADS": num_heads, "GROUP": group, "GROUPS": key.shape[1], "TOGETHER": plan.num_groups, "WIDTH": width},
+        **{"ROWS": rows, "MERGED": min(rows, triton.next_power_of_2(plan.num_groups * group)), "BLOCK": plan.block},
+        **{"NUM_SPLITS": plan.num_splits, "PADDED_SPLITS": padded_splits, "UNROLLED": min(8, padded_splits)},
         PAGE_SIZE=page_size if page_table_BP is not None else 0,
         IS_FP8=is_fp8,
         IS_NATIVE=is_native,
-        PRECISION="ieee" if is_float32 else "tf32",
+        PRECISION="ieee" if query_BHD.dtype == torch.float32 else "tf32",
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
@@ -235,12 +224,19 @@ def _check(
     like = [torch.empty(x.shape, dtype=query_BHD.dtype, device="meta") if is_fp8 else x for x in (key_SGD, value_SGD)]
     check_supported(query_BHD, *like)
     num_requests = query_BHD.shape[0]
+    if not num_requests:
+        raise ValueError("sparse_decode serves one request or more, got none")
     for scales in (key_scales_SG, value_scales_SG):
         if is_fp8 != (scales is not None) or (scales is not None and scales.shape != key_SGD.shape[:2]):
             raise ValueError(
                 "sparse_decode takes a scale for each slot and KV head with caches in float8_e4m3fn and none with others, got "
                 f"{key_SGD.dtype} and scales of {None if scales is None else tuple(scales.shape)}"
             )
+    tensors = (key_SGD, value_SGD, key_scales_SG, value_scales_SG)
+    if any(x is not None and x.stride(-1) != 1 for x in tensors) or any(
+        x is not None and not x.is_contiguous() for x in tensors[2:]
+    ):
+        raise ValueError("sparse_decode serves caches whose rows have no gaps, and scales without any, got others")
     if page_table_BP is not None and page_table_BP.shape[0] != num_requests:
         raise ValueError(f"sparse_decode got {num_requests} queries and a page table of {page_table_BP.shape[0]} requests")
     if indices_BK.shape[0] != num_requests or indices_BK.dtype != torch.int32:

@@ -57,7 +57,7 @@ struct Rows {
     int is_valid_long;
 };
 
-// A digit of the score that is sought: the how-manieth of those with this digit it is, and how many there are.
+// A digit of the number that is sought, its rank among the numbers with this digit, and how many of them there are.
 struct Found {
     uint32_t digit;
     uint32_t rank;
@@ -80,7 +80,8 @@ struct RowMemory {
     Found found;
 };
 
-struct ClusterMemory {
+// The row's slice follows in vectors.
+struct alignas(sizeof(uint4)) ClusterMemory {
     uint32_t histogram[BINS];
     uint32_t totals[NUM_DIGITS][BINS];
     uint32_t warp_sums[WARPS];
@@ -150,9 +151,9 @@ __device__ __forceinline__ Found find_digit(uint32_t* counts, uint32_t* warp_sum
     return *found;
 }
 
-// A number that the rank-th largest of the keys and all larger ones reach, and no other key does unless it is equal:
-// `num_surplus` of those that reach it are too many. Keys are the scores, or, where TIES, the complemented positions of the
-// scores equal to `equal_to`.
+// A number that the rank-th largest of the keys and all larger ones reach and no other key does, unless it equals the
+// rank-th: then last->count - last->rank keys are too many. Keys are the ordered scores, or, where TIES, the complemented
+// positions of the scores equal to `equal_to`.
 template <bool TIES>
 __device__ __forceinline__ uint32_t radix_select(uint32_t count, uint32_t rank, uint32_t equal_to, Found* last) {
     RowMemory& memory = row_memory();

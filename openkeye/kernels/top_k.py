@@ -21,9 +21,12 @@ BLOCK = 2048
 # Candidates that the Triton kernel keeps of a row, and rows that it works on at a time on each multiprocessor.
 CAPACITY = 8192
 ROWS_PER_SM = 3
-# Up to how many rows several blocks work on one, and how many blocks do.
-MAX_CLUSTER_ROWS = 64
+# Up to how many rows several blocks work on one, and how many blocks do (measured on an H100: from then on there are more
+# clusters than fit the GPU at a time, and one block a row is as fast).
+MAX_CLUSTER_ROWS = 16
 CLUSTER_SIZE = 8
+# The fewest rows leave room for clusters of twice the size.
+FEWEST_ROWS = 4
 
 
 def top_k_positions(scores_TS: Tensor, k: int, num_valid_T: Tensor, out_TK: Tensor | None = None) -> Tensor:
@@ -33,7 +36,7 @@ def top_k_positions(scores_TS: Tensor, k: int, num_valid_T: Tensor, out_TK: Tens
 
     Args:
         scores_TS: float32, rows of any stride.
-        num_valid_T: int32 or int64, at most S each; 0 gives a row of -1.
+        num_valid_T: int32 or int64; 0 gives a row of -1, more than S counts as S.
         out_TK: int32 rows without gaps that the result is written to, at any stride; None: a new tensor.
 
     Raises:
@@ -44,7 +47,8 @@ def top_k_positions(scores_TS: Tensor, k: int, num_valid_T: Tensor, out_TK: Tens
         return top_k_triton(scores_TS, k, num_valid_T, out_TK)
     num_rows, num_columns = scores_TS.shape
     if num_rows <= MAX_CLUSTER_ROWS and num_columns <= library.openkeye_top_k_cluster_columns(CLUSTER_SIZE):
-        return top_k_clusters(scores_TS, k, num_valid_T, out_TK)
+        cluster_size = 2 * CLUSTER_SIZE if num_rows <= FEWEST_ROWS else CLUSTER_SIZE
+        return top_k_clusters(scores_TS, k, num_valid_T, out_TK, cluster_size)
     return top_k_rows(scores_TS, k, num_valid_T, out_TK)
 
 
@@ -75,6 +79,7 @@ def top_k_triton(scores_TS: Tensor, k: int, num_valid_T: Tensor, out_TK: Tensor 
             out_TK,
             kept,
             num_rows,
+            scores_TS.shape[1],
             scores_TS.stride(0),
             out_TK.stride(0),
             k,
@@ -195,11 +200,23 @@ def _load(line, kept, start, num_kept, num_columns, BLOCK: tl.constexpr, CAPACIT
 
 
 @triton.jit
-def _select(scores, num_valid, indices, kept, num_rows, row_stride, out_stride, k, BLOCK: tl.constexpr, CAPACITY: tl.constexpr):
+def _select(
+    scores,
+    num_valid,
+    indices,
+    kept,
+    num_rows,
+    row_columns,
+    row_stride,
+    out_stride,
+    k,
+    BLOCK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
     lane = tl.arange(0, BLOCK)
     kept += tl.program_id(0).to(tl.int64) * (2 * CAPACITY)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        valid = tl.load(num_valid + row).to(tl.int32)
+        valid = tl.minimum(tl.load(num_valid + row), row_columns).to(tl.int32)
         wide_row = tl.zeros([], tl.int64) + row
         line = scores + wide_row * row_stride
         out = indices + wide_row * out_stride

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import apply_rotary
+from openkeye.kernels.dispatch import norm_rotary
 from openkeye.model.config import KeyeConfig
 from openkeye.model.indexer import Indexer
 from openkeye.model.norm import RmsNorm
@@ -40,11 +40,11 @@ class Attention(nn.Module):
         self, hidden_TD: Tensor, rotary: RotaryTables, needs_index: bool
     ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
         """Query [T, H, D], key and value [T, G, D] and the indexer's output of normalised hidden states [T, hidden]."""
-        query, key, value = (
-            projection(hidden_TD).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        value = self.v_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        query, key = norm_rotary(
+            self.q_proj(hidden_TD), self.k_proj(hidden_TD), *weights, rotary.cos, rotary.sin, self.q_norm.eps
         )
-        query = apply_rotary(self.q_norm(query), rotary.cos, rotary.sin)
-        key = apply_rotary(self.k_norm(key), rotary.cos, rotary.sin)
         # Detached: the indexer learns from its own loss and never through the trunk (report, sparse adaptation).
         index = self.sa_indexer(hidden_TD.detach(), rotary.index_cos, rotary.index_sin) if needs_index else None
         return query, key, value, index

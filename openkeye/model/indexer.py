@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import apply_rotary, hadamard, layer_norm, rms_norm, widen
+from openkeye.kernels.dispatch import index_norm_rotary
 from openkeye.model.config import KeyeConfig
 from openkeye.model.norm import RmsNorm
 from openkeye.model.past import IndexerOutput
@@ -23,12 +23,7 @@ class Indexer(nn.Module):
 
     def forward(self, hidden_TD: Tensor, cos_TI: Tensor, sin_TI: Tensor) -> IndexerOutput:
         """The indexer's view of each token, from the same normalised hidden state that feeds q, k and v."""
-        projected = self.q_proj(hidden_TD)
-        rows = self.num_heads * self.head_dim
-        query_TJI = projected[:, :rows].unflatten(-1, (self.num_heads, self.head_dim))
-        gates_TJ = widen(projected[:, rows:]) * self.head_dim**-0.5
-        query_TJI = rms_norm(query_TJI, self.q_norm.weight, self.q_norm.eps)
-        key_TI = layer_norm(self.k_proj(hidden_TD), self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
-        query_TJI = hadamard(apply_rotary(query_TJI, cos_TI, sin_TI))
-        key_TI = hadamard(apply_rotary(key_TI[:, None], cos_TI, sin_TI))[:, 0]
-        return IndexerOutput(query_TJI, gates_TJ, key_TI)
+        weights = (self.q_norm.weight, self.k_norm.weight, self.k_norm.bias)
+        return IndexerOutput(
+            *index_norm_rotary(self.q_proj(hidden_TD), self.k_proj(hidden_TD), *weights, cos_TI, sin_TI, self.q_norm.eps)
+        )

@@ -42,8 +42,7 @@ def error(ours: Tensor, truth: Tensor) -> float:
     return float((ours.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63])
-@pytest.mark.parametrize("kind", ["random", "alike", "few"])
+@pytest.mark.parametrize(("num_tokens", "kind"), [(1, "random"), (63, "random"), (20, "alike"), (30, "few")])
 def test_outputs_and_gradients_equal_those_of_the_twin(device, num_tokens, kind):
     tensors, ids = case(num_tokens, device), picks(num_tokens, kind, device)
     gradient = torch.randn(num_tokens, DEPTH, generator=torch.Generator().manual_seed(9)).to(device)
@@ -117,7 +116,7 @@ def test_routes_are_a_stable_sort(device, num_rows, num_experts):
 
 
 def test_runs_have_equal_bits(device):
-    tensors, ids = case(40, device), picks(40, "random", device)
+    tensors, ids = case(20, device), picks(20, "random", device)
     runs = []
     for _ in range(3):
         ours = [tensor.clone().requires_grad_() for tensor in tensors]

@@ -102,7 +102,10 @@ def test_what_is_not_served_is_refused_in_one_sentence(device):
     cases = [
         ((query[..., :48], gates, key, table, lengths, 40, None, 16), "widths of 32, 64 or 128 and up to 64 heads"),
         ((query.half(), gates, key, table, lengths, 40, None, 16), "got queries in torch.float16 and keys in torch.float32"),
-        ((query, gates, key, table, lengths, 40, scales, 16), "a scale for each slot with keys in float8_e4m3fn only"),
+        (
+            (query, gates, key, table, lengths, 40, scales, 16),
+            "a scale for each slot, without gaps, with keys in float8_e4m3fn only",
+        ),
         ((query, gates, key, table, lengths, 40, None, 24), "page sizes that are multiples of 16, got 24"),
         ((query, gates, key, table[:1], lengths, 40, None, 16), "got 2 queries, a page table of"),
         ((query, gates, key, table, lengths.long(), 40, None, 16), "int32 without gaps, got torch.int32 and torch.int64"),

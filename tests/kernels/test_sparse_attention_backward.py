@@ -18,10 +18,20 @@ from tests.kernels.test_sparse_attention import draw, draw_lists
 
 
 def case(heads: int, groups: int, width: int, num_queries: int, device: str) -> tuple[Tensor, ...]:
-    query = draw((num_queries, heads, width), device, torch.float32, 1)
-    key, value = (draw((70, groups, width), device, torch.float32, seed) for seed in (2, 3))
+    """In bfloat16 on a GPU, where that is what matters, and in float32 in the interpreter."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    query = draw((num_queries, heads, width), device, dtype, 1)
+    key, value = (draw((70, groups, width), device, dtype, seed) for seed in (2, 3))
     indices = draw_lists(num_queries, 70, 20, 0.5, device)
-    return query, key, value, indices, draw((num_queries, heads, width), device, torch.float32, 4)
+    return query, key, value, indices, draw((num_queries, heads, width), device, dtype, 4)
+
+
+def assert_close(mine: Tensor, expected: Tensor) -> None:
+    """Both against a twin in double precision."""
+    if mine.is_cuda:
+        assert float((mine.double() - expected.double()).norm()) <= 1.2e-2 * float(expected.double().norm())
+    else:
+        torch.testing.assert_close(mine, expected.float(), atol=5e-6, rtol=1e-4)
 
 
 def run(tensors: tuple[Tensor, ...], scale: float, unions: Unions | None = None, **options) -> Gradients:
@@ -35,11 +45,11 @@ def expected_gradients(tensors: tuple[Tensor, ...], scale: float) -> list[Tensor
     *leaves, indices, gradient = tensors
     leaves = [tensor.double().requires_grad_() for tensor in leaves]
     reference.sparse_attention(*leaves, indices, scale).backward(gradient.double())
-    return [leaf.grad.float() for leaf in leaves]
+    return [leaf.grad for leaf in leaves]
 
 
 def expected_probabilities(tensors: tuple[Tensor, ...], scale: float) -> Tensor:
-    query, key, _, indices, _ = tensors
+    query, key, indices = tensors[0].double(), tensors[1].double(), tensors[3]
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[indices.clamp_min(0).long()]
     scores = torch.einsum("thd,tkhd->thk", query, keys) * scale
     return scores.masked_fill((indices < 0)[:, None], -torch.inf).softmax(dim=-1).sum(dim=1)
@@ -53,7 +63,7 @@ def test_gradients_equal_those_of_the_twin(device, heads, groups, width, num_que
     leaves = [tensor.clone().requires_grad_() for tensor in tensors[:3]]
     SparseAttention.apply(*leaves, tensors[3], width**-0.5, is_deterministic).backward(tensors[4])
     for leaf, other in zip(leaves, expected_gradients(tensors, width**-0.5), strict=True):
-        torch.testing.assert_close(leaf.grad, other, atol=5e-6, rtol=1e-4)
+        assert_close(leaf.grad, other)
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
@@ -62,8 +72,8 @@ def test_every_schedule_makes_the_same_gradients_and_probabilities(device, sched
     tensors = case(16, 2, 64, 37, device)
     made = run(tensors, 0.1, schedule=schedule, is_deterministic=is_deterministic, top_k=tensors[3].shape[1])
     for mine, other in zip(made[:3], expected_gradients(tensors, 0.1), strict=True):
-        torch.testing.assert_close(mine, other, atol=5e-6, rtol=1e-4)
-    torch.testing.assert_close(made.probabilities_TK, expected_probabilities(tensors, 0.1), atol=1e-5, rtol=1e-4)
+        assert_close(mine, other)
+    assert_close(made.probabilities_TK, expected_probabilities(tensors, 0.1))
 
 
 def test_the_deterministic_mode_does_not_depend_on_its_slabs(device):
@@ -77,7 +87,8 @@ def test_twenty_five_runs_give_the_same_bits(device):
     tensors = case(8, 1, 64, 20, device)
     first = run(tensors, 0.1, is_deterministic=True, top_k=20)
     for _ in range(24 if device == "cuda" else 4):
-        assert all(torch.equal(mine, its) for mine, its in zip(first, run(tensors, 0.1, is_deterministic=True, top_k=20)))
+        other = run(tensors, 0.1, is_deterministic=True, top_k=20)
+        assert all(torch.equal(mine, its) for mine, its in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
@@ -111,15 +122,15 @@ def test_probabilities_are_summed_over_heads_in_the_lists_order(device, heads, g
     _, lse = sparse_attention_with_lse(query, key, value, indices, 0.1, unions)
     expected = expected_probabilities(tensors, 0.1)
     apart = summed_probabilities(query, key, unions, lse, indices.shape[1], 0.1)
-    torch.testing.assert_close(apart, expected, atol=1e-5, rtol=1e-4)
+    assert_close(apart, expected)
     on_the_way = run(tensors, 0.1, unions, top_k=indices.shape[1]).probabilities_TK
-    torch.testing.assert_close(on_the_way, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(apart.sum(dim=1), torch.full_like(apart[:, 0], heads), atol=1e-4, rtol=1e-5)
+    assert_close(on_the_way, expected)
+    torch.testing.assert_close(apart.sum(dim=1), torch.full_like(apart[:, 0], heads), atol=1e-4, rtol=5e-3)
 
 
 def test_what_is_not_served_is_refused_in_one_sentence(device):
     tensors = case(8, 1, 64, 3, device)
-    with pytest.raises(ValueError, match="schedules rows 32, rows 64"):
+    with pytest.raises(ValueError, match="schedules rows 16, rows 32, rows 32 deep, rows 64"):
         run(tensors, 0.1, schedule="rows 48")
     with pytest.raises(ValueError, match="adds in float32 where it is deterministic"):
         run(tensors, 0.1, is_deterministic=True, key_gradient_dtype=torch.bfloat16)

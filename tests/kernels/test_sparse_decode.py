@@ -149,6 +149,8 @@ def test_what_is_not_served_is_refused_in_one_sentence(device):
         sparse_decode(query, key, value, lists, 0.1, table, PAGE, scales, scales)
     with pytest.raises(ValueError, match="a list in int32 for each of 2 queries"):
         sparse_decode(query, key, value, lists.long(), 0.1, table, PAGE)
+    with pytest.raises(ValueError, match="one request or more, got none"):
+        sparse_decode(query[:0], key, value, lists[:0], 0.1)
     with pytest.raises(ValueError, match="needs a scratch of"):
         sparse_decode(query, key, value, lists, 0.1, table, PAGE, scratch=DecodeScratch.empty(1, 8, 8, key, 1))
 

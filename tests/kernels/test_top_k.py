@@ -18,13 +18,13 @@ def clusters_of_16(scores, k, num_valid, out=None):
 
 @pytest.fixture(
     params=[
-        top_k.top_k_positions,
         top_k.top_k_triton,
+        pytest.param(top_k.top_k_positions, marks=needs_library),
         pytest.param(top_k.top_k_rows, marks=needs_library),
         pytest.param(top_k.top_k_clusters, marks=needs_library),
         pytest.param(clusters_of_16, marks=needs_library),
     ],
-    ids=["chosen", "triton", "rows", "clusters", "clusters_of_16"],
+    ids=["triton", "chosen", "rows", "clusters", "clusters_of_16"],
 )
 def select(request):
     return request.param
@@ -40,8 +40,7 @@ def small_capacity(monkeypatch):
 def check(select, scores, k, num_valid):
     result = select(scores, k, num_valid)
     assert result.dtype == torch.int32
-    expected = reference.top_k_positions(scores.cpu(), k, num_valid.cpu())
-    assert torch.equal(result.cpu(), expected)
+    assert torch.equal(result, reference.top_k_positions(scores, k, num_valid))
 
 
 def draw(*size, seed):
@@ -131,6 +130,10 @@ def test_columns_past_the_valid_ones_are_never_looked_at(select, device):
     assert torch.equal(select(scores, 50, num_valid), expected)
 
 
+def test_more_valid_columns_than_there_are_count_as_all(select, device):
+    check(select, draw(3, 600, seed=9).to(device), 50, torch.tensor([600, 601, 1 << 30], device=device))
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 @pytest.mark.parametrize("stride", [1000, 1003, 1310])
 def test_rows_may_begin_anywhere_in_memory(select, device, offset, stride):
@@ -149,6 +152,13 @@ def test_a_given_tensor_takes_the_result_at_any_stride(select, device):
         assert function(scores, 64, num_valid, out).data_ptr() == memory.data_ptr()
         assert torch.equal(out, reference.top_k_positions(scores, 64, num_valid))
         assert bool((memory[:, 64:] == -9).all())
+
+
+def test_something_serves_on_every_device(device):
+    scores, num_valid = draw(2, 900, seed=7).to(device), torch.tensor([900, 3], device=device)
+    assert torch.equal(
+        top_k.top_k_positions(scores, 64, num_valid).cpu(), reference.top_k_positions(scores.cpu(), 64, num_valid.cpu())
+    )
 
 
 def test_no_rows_at_all(select, device):
