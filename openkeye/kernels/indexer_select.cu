@@ -2,7 +2,7 @@
 // the keys are arranged, a sample of them is scored, thresholds come of it, all keys are scored, the best are written.
 //
 // A block owns 16 neighbouring queries. Their 16 x 16 heads are the columns of two wgmma tiles and stay in shared memory;
-// the warpgroups take turns at stages of 128 keys. While one half of the queries is multiplied with a tile of keys, the
+// the warpgroups take turns at stages of 256 keys. While one half of the queries is multiplied with a tile of keys, the
 // products of the other half are weighed, summed and compared. The rows of the column operand are ordered so that all heads of
 // a query fall to one thread: that needs no exchange between threads.
 //
@@ -32,13 +32,14 @@ constexpr int kHalf = kTile / 2;           // queries of a wgmma tile
 constexpr int kColumns = kHalf * kHeads;   // of it
 constexpr int kProducts = kColumns / 2;    // a thread's share of a wgmma tile
 constexpr int kKeys = 64;                  // rows of the wgmma tile
-constexpr int kStageKeys = 128;
+constexpr int kStageKeys = 256;
+constexpr int kStageTiles = kStageKeys / kKeys;
 constexpr int kStageBytes = kStageKeys * (kWidth + 4);
 constexpr int kGroups = 3;                 // warpgroups
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroups * kGroupThreads;
-constexpr int kStages = 4;
-constexpr int kRound = 2;                  // stages of a warpgroup between two looks at the lists
+constexpr int kStages = 3;
+constexpr int kRound = 1;                  // stages of a warpgroup between two looks at the lists
 constexpr int kOwners = 32;                // strands of a row's list in each warpgroup
 constexpr int kStrands = kGroups * kOwners;
 constexpr int kSlots = 80;                 // entries of a strand
@@ -590,8 +591,7 @@ __device__ __forceinline__ void begin_pass(const Pass& pass) {
   __syncthreads();
 }
 
-// The four products of a stage: two tiles of 64 keys with two halves of the queries. The next is under way while one is looked
-// at.
+// The products of a stage: every tile of 64 keys with two halves of the queries. The next is under way while one is looked at.
 __device__ __forceinline__ void score_stage(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
   const uint64_t keys = descriptor(shared_address(shared.stages.keys[group][stage]));
   const uint64_t queries = descriptor(shared_address(shared.query));
@@ -599,31 +599,36 @@ __device__ __forceinline__ void score_stage(uint8_t* lists, Strands& strands, in
   const float* scales = shared.stages.scales[group][stage];
   float even[kProducts], odd[kProducts];
   start_products(even, keys, queries);
-  start_products(odd, keys, queries + kHalvesApart);
-  finish_products<1>(even);
-  append<false>(even, lists, strands, 0, scales, key, thread);
-  start_products(even, keys + kApart, queries);
-  finish_products<1>(odd);
-  append<false>(odd, lists, strands, 1, scales, key, thread);
-  start_products(odd, keys + kApart, queries + kHalvesApart);
-  finish_products<1>(even);
-  append<false>(even, lists, strands, 0, scales + kKeys, key + kKeys, thread);
-  finish_products<0>(odd);
-  append<false>(odd, lists, strands, 1, scales + kKeys, key + kKeys, thread);
+#pragma unroll
+  for (int tile = 0; tile < kStageTiles; ++tile) {
+    start_products(odd, keys + tile * kApart, queries + kHalvesApart);
+    finish_products<1>(even);
+    append<false>(even, lists, strands, 0, scales + tile * kKeys, key + tile * kKeys, thread);
+    if (tile + 1 < kStageTiles) {
+      start_products(even, keys + (tile + 1) * kApart, queries);
+      finish_products<1>(odd);
+    } else {
+      finish_products<0>(odd);
+    }
+    append<false>(odd, lists, strands, 1, scales + tile * kKeys, key + tile * kKeys, thread);
+  }
 }
 
 // The same for a stage that not every row sees whole, one product after the other: every pair is looked at.
 __device__ __forceinline__ void score_end(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
+#pragma unroll 1
+  for (int from = 0; from < kStageKeys; from += kKeys) {
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {
-    const int half = part & 1, from = part / 2 * kKeys;
-    // Always zero, and the compiler cannot know it: a product begun before the last one is dealt with takes too many registers.
-    const uint32_t zero = (strands.end[0] | strands.end[1] | strands.end[2] | strands.end[3]) >> 31;
-    float products[kProducts];
-    start_products(products, descriptor(shared_address(&shared.stages.keys[group][stage][from * kWidth])) + zero,
-                   descriptor(shared_address(shared.query[half])));
-    finish_products<0>(products);
-    append<true>(products, lists, strands, half, &shared.stages.scales[group][stage][from], key + from, thread);
+    for (int half = 0; half < 2; ++half) {
+      // Always zero, and the compiler cannot know it: a product begun before the last one is dealt with takes too many
+      // registers.
+      const uint32_t zero = (strands.end[0] | strands.end[1] | strands.end[2] | strands.end[3]) >> 31;
+      float products[kProducts];
+      start_products(products, descriptor(shared_address(&shared.stages.keys[group][stage][from * kWidth])) + zero,
+                     descriptor(shared_address(shared.query[half])));
+      finish_products<0>(products);
+      append<true>(products, lists, strands, half, &shared.stages.scales[group][stage][from], key + from, thread);
+    }
   }
 }
 

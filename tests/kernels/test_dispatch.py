@@ -13,6 +13,7 @@ from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
 from openkeye.engine.pages import PagedCaches
 from openkeye.kernels import dispatch, reference
+from openkeye.model.config import KeyeConfig
 from openkeye.model.past import IndexerOutput, PlainPast
 from tests.model.naive_keye import make_config
 
@@ -57,7 +58,7 @@ def cases(device: str, width: int = 64, dtype: torch.dtype = torch.float32) -> d
         "rms_norm": (make(20, 48), make(48, seed=1), 1e-6),
         "norm_rotary": (*heads, *tables, 1e-6),
         "index_norm_rotary": (*index, *tables, 1e-6),
-        "indexer_select": (query, draw(20, 4, seed=5, device=device), value[:, 0], TOP_K, positions),
+        "indexer_select": (query, make(20, 4, seed=5), value[:, 0], TOP_K, positions),
         "sparse_attention": (query, key, value, indices, 0.2),
         "experts": (make(20, 32), make(5, 32, 48, seed=1), make(5, 24, 32, seed=2), weights, ids),
     }
@@ -155,9 +156,8 @@ class Conversation:
         return torch.cat([PlainPast(TOP_K).attend(0, *context)[-1:] for context in self.contexts])
 
 
-def make_model_config():
-    from openkeye.model.config import KeyeConfig
-
+def make_model_config() -> KeyeConfig:
+    """Of heads that the kernels serve."""
     indexer = {"indexer_num_heads": 4, "indexer_head_dim": 32, "topk": TOP_K}
     rope = {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12]}}
     return KeyeConfig.from_dict(make_config(**SHAPES, **rope, sa_config=indexer))
