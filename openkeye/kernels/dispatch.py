@@ -6,9 +6,7 @@
 | indexer_select | indexer_select.py | it has none |
 | sparse_attention | sparse_attention.py | sparse_attention_backward.py |
 | decode_in_pages, where `can_decode_in_pages` | indexer_decode.py, top_k.py, sparse_decode.py | only for answering |
-| dense_attention | dense_attention.py | dense_attention.py |
-| experts | experts.py | experts.py |
-| cross_entropy | cross_entropy.py, on a CPU too | cross_entropy.py |
+| dense_attention, experts, cross_entropy (on a CPU too) | the files of these names | the same files |
 | apply_rotary (vision), index_scores (`openkeye check`) | plain | plain |
 
 On a CPU and in float64 the plain twins of `reference.py` serve; so they do on a GPU where no kernel takes the shapes, which is
@@ -26,6 +24,7 @@ from openkeye.kernels import reference
 apply_rotary, index_scores, widen = reference.apply_rotary, reference.index_scores, reference.widen
 cross_entropy = head.cross_entropy
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _operations_told: set[str] = set()
 
 
@@ -45,14 +44,13 @@ def can_be_fused(*tensors: Tensor) -> bool:
 
 def serves(operation: str, tensors: tuple[Tensor, ...], is_shape_served: bool, served: str) -> bool:
     """Whether the kernels take a call of tensors that must share a dtype; where not, one warning an operation says `served`."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if is_shape_served and len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
+    first = tensors[0].dtype
+    if is_shape_served and first in DTYPES and all(tensor.dtype == first for tensor in tensors):
         return True
     if operation not in _operations_told:
         _operations_told.add(operation)
         came = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
-        told = f"{operation} runs in plain PyTorch, which is slower: its kernels serve {served}, in one dtype, and got {came}"
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(f"{operation} runs in plain PyTorch: kernels serve {served}, in one dtype, and got {came}", stacklevel=3)
     return False
 
 
@@ -121,12 +119,11 @@ def sparse_attention(query_THD: Tensor, key_SGD: Tensor, value_SGD: Tensor, indi
         from openkeye.kernels import sparse_attention as fast
 
         if serves("sparse_attention", tensors, query_THD.shape[2] in fast.WIDTHS, f"heads of one of {fast.WIDTHS}"):
-            if not needs_gradients(*tensors):
-                return fast.sparse_attention(*tensors, indices_TK, scale)
+            if needs_gradients(*tensors):
+                from openkeye.kernels.sparse_attention_backward import SparseAttention
 
-            from openkeye.kernels.sparse_attention_backward import SparseAttention
-
-            return SparseAttention.apply(*tensors, indices_TK, scale, torch.are_deterministic_algorithms_enabled())
+                return SparseAttention.apply(*tensors, indices_TK, scale, torch.are_deterministic_algorithms_enabled())
+            return fast.sparse_attention(*tensors, indices_TK, scale)
     return reference.sparse_attention(*tensors, indices_TK, scale)
 
 
@@ -156,10 +153,7 @@ def decode_in_pages(
     page_size: int,
     scale: float,
 ) -> Tensor:
-    """Attention of one new token a request over the k keys that the indexer picks of its pages, [B, H, D]; no host wait.
-
-    `caches` are keys [S, G, D], values and index keys [S, I] of all slots; see `sparse_decode.sparse_select_decode`.
-    """
+    """`sparse_decode.sparse_select_decode` with buffers of its own; caches: keys [S, G, D], values, index keys [S, I]."""
     from openkeye.kernels.indexer_decode import indexer_decode
     from openkeye.kernels.sparse_decode import sparse_decode
     from openkeye.kernels.top_k import top_k_positions

@@ -146,7 +146,10 @@ class _Walk:
         self.num_queries, self.num_heads, self.width = query_THD.shape
         self.num_groups = key_SGD.shape[1]
         self.group = self.num_heads // self.num_groups
-        self.block_heads = min(MAX_HEADS, triton.next_power_of_2(self.group))
+        # Rows of float32 are twice as wide: half as many keep within 99 KiB of shared memory.
+        most_heads = MAX_HEADS // 2 if query_THD.dtype == torch.float32 else MAX_HEADS
+        self.block_heads = min(most_heads, triton.next_power_of_2(self.group))
+        self.is_full = self.block_heads == most_heads
         self.num_programs = self.num_groups * triton.cdiv(self.group, self.block_heads)
         self.num_tiles, self.room = unions.keys_NU.shape
         self.top_k = top_k or 0
@@ -224,7 +227,7 @@ class _Walk:
             MAKES_SUMS=is_summed,
             KEEPS_PARTS=adds is not None,
             PRECISION="ieee" if self.query.dtype == torch.float32 else "tf32",
-            num_warps=launch.num_warps if self.block_heads == MAX_HEADS else 4,
+            num_warps=launch.num_warps if self.is_full else 4,
             num_stages=launch.num_stages,
             **limit,
         )
