@@ -48,9 +48,7 @@ def indexer_select(
     if key_scales_S is not None and query_TJI.shape[1:] == (FUSED_HEADS, FUSED_WIDTH):
         library = _fused_library()
         if library is not None and k <= library.indexer_select_max_k():
-            return _select_fused(
-                library, query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S
-            )
+            return _select_fused(library, query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
     return select_by_slabs(query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
 
 

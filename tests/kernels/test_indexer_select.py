@@ -119,7 +119,9 @@ class TestFused:
         positions = torch.arange(total, device="cuda")
         picked = indexer_select(query, gates, key, 2048, positions, None, first, scales)
         rows = torch.tensor([0, 1999, 2000, 2029, 2030, 4077, 4078, 4079, 15_000, 22_029, 22_034, 24_100, total - 1]).cuda()
-        assert_same_selection(picked[rows], query[rows], gates[rows], key, 2048, positions[rows], first[rows], scales, E4M3_ROUNDING)
+        assert_same_selection(
+            picked[rows], query[rows], gates[rows], key, 2048, positions[rows], first[rows], scales, E4M3_ROUNDING
+        )
 
     @pytest.mark.parametrize("kind", ["zeros", "rising", "falling", "one_head", "large"])
     def test_hard_scores_stay_exact(self, kind):

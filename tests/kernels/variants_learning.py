@@ -24,7 +24,7 @@ def variants(capability: int) -> list[Variant]:
 
 
 def learning(is_hopper: bool) -> list[Variant]:
-    """Gradients of selected attention in every schedule that fits (the defaults' deterministic mode too), and the indexer's losses and gradients."""
+    """Gradients of selected attention in every schedule that fits, the default ones also in order, and the indexer's losses."""
     lists = ("union_keys", "union_masks", "union_counts", "cuts", "counts")
     sums = ("lse", "lse_log2", "delta", "key_gradient", "value_gradient", "parts", "sums", "differences", "gate_gradient")
     halves = ("query", "key", "value", "output", "output_gradient", "query_gradient", "index_query", "index_key")
