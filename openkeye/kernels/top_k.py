@@ -21,9 +21,8 @@ BLOCK = 2048
 # Candidates that the Triton kernel keeps of a row, and rows that it works on at a time on each multiprocessor.
 CAPACITY = 8192
 ROWS_PER_SM = 3
-# Up to how many rows several blocks work on one, and how many blocks do (measured on an H100: from then on there are more
-# clusters than fit the GPU at a time, and one block a row is as fast).
-MAX_CLUSTER_ROWS = 16
+# Up to how many rows several blocks work on one, and how many blocks do (measured on an H100, scores not in the L2).
+MAX_CLUSTER_ROWS = 32
 CLUSTER_SIZE = 8
 # The fewest rows leave room for clusters of twice the size.
 FEWEST_ROWS = 4
