@@ -16,9 +16,8 @@
 // depends on the sample.
 //
 // A row's list has a strand for each of the 96 threads that meet its scores, so that appending needs no atomic and no branch:
-// a store and an addition under a predicate. When a list is read, each entry becomes one 64-bit number that is ordered as the
-// selection is: the score's bits, ordered as floats are, above the complement of the key's position. The k largest numbers
-// are the k best scores with ties to the smaller position.
+// a store and an addition under a predicate. When a list is read, a score becomes an unsigned number that is ordered as floats
+// are, and a position its complement: of two entries the better one has the larger score, or the larger complement beside it.
 
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -185,8 +184,6 @@ __device__ __forceinline__ float from_ordered(uint32_t bits) {
   return __uint_as_float((bits >> 31) ? bits & 0x7fffffffu : ~bits);
 }
 
-__device__ __forceinline__ int position_of(unsigned long long value) { return (int)~(uint32_t)value; }
-
 // The same value in all threads of a warp, and known to be.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
@@ -321,10 +318,6 @@ __device__ __forceinline__ void append(const float (&d)[kProducts], uint8_t* lis
   }
 }
 
-__device__ __forceinline__ unsigned long long ordered_entry(int2 raw) {
-  return ((unsigned long long)ordered(__int_as_float(raw.y)) << 32) | (uint32_t)~raw.x;
-}
-
 // A row's list as a lane sees it: where it is, how many entries the lane's strands have, and the longest and the sum of all.
 struct List {
   const uint8_t* entries;
@@ -347,11 +340,12 @@ __device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t*
   return list;
 }
 
-// The entries of a list in the registers of a warpgroup; each(visit) calls visit(entry) once for every one.
+// The entries of a list in the registers of a warpgroup: scores, ordered as unsigned numbers, and complements of positions.
+// each(visit) calls visit(score, complement) for every one.
 template <int kMostSlots>
 struct Entries {
   static constexpr int kEach = kMostSlots / kGroupWarps;
-  unsigned long long values[kGroups][kEach];
+  uint32_t scores[kGroups][kEach], complements[kGroups][kEach];
   __device__ __forceinline__ Entries(const List& list, int thread) {
 #pragma unroll
     for (int from = 0; from < kGroups; ++from) {
@@ -359,7 +353,12 @@ struct Entries {
       for (int i = 0; i < kEach; ++i) {
         const int slot = i * kGroupWarps + (thread >> 5);
         const uint8_t* place = list.entries + (from * kSlots + slot) * kSlotBytes + (thread & 31) * 8;
-        values[from][i] = slot < list.counts[from] ? ordered_entry(__ldcg(reinterpret_cast<const int2*>(place))) : 0ull;
+        int2 raw = make_int2(0, 0);
+        const bool is_there = slot < list.counts[from];
+        if (is_there) raw = __ldcg(reinterpret_cast<const int2*>(place));
+        // No score is ordered as zero.
+        scores[from][i] = is_there ? ordered(__int_as_float(raw.y)) : 0u;
+        complements[from][i] = ~(uint32_t)raw.x;
       }
     }
   }
@@ -369,7 +368,7 @@ struct Entries {
     for (int from = 0; from < kGroups; ++from)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
-        if (values[from][i]) visit(values[from][i]);
+        if (scores[from][i]) visit(scores[from][i], complements[from][i]);
   }
 };
 
@@ -395,18 +394,19 @@ __device__ __forceinline__ int exclusive_sum(GroupScratch& scratch, int group, i
 }
 
 struct Range {
-  unsigned long long low, high;
+  uint32_t low, high;
+  int count;
 };
 
-// Of 2,048 bins between the smallest and largest entry the one in which the wanted-th largest lies, refined until it holds at
-// most kFew entries; `wanted` becomes the rank inside it. The bins are zero before and after.
-template <int kFew, int kMostSlots>
-__device__ __forceinline__ Range narrow(const Entries<kMostSlots>& entries, GroupScratch& scratch, int group, int thread,
-                                        int& wanted) {
+// Of 2,048 bins between the smallest and largest number the one in which the wanted-th largest lies, refined until it holds at
+// most kFew numbers or one number only; `wanted` becomes the rank inside it. each(visit) names the numbers. The bins are zero
+// before and after.
+template <int kFew, typename Each>
+__device__ __forceinline__ Range narrow(Each each, GroupScratch& scratch, int group, int thread, int& wanted) {
   uint32_t largest = 0, smallest = ~0u;
-  entries.each([&](unsigned long long value) {
-    largest = max(largest, (uint32_t)(value >> 32));
-    smallest = min(smallest, (uint32_t)(value >> 32));
+  each([&](uint32_t value) {
+    largest = max(largest, value);
+    smallest = min(smallest, value);
   });
   largest = __reduce_max_sync(~0u, largest);
   smallest = __reduce_min_sync(~0u, smallest);
@@ -421,11 +421,13 @@ __device__ __forceinline__ Range narrow(const Entries<kMostSlots>& entries, Grou
     smallest = min(smallest, scratch.warp_values[1][warp]);
   }
   group_barrier(group);
-  Range range{(unsigned long long)smallest << 32, ((unsigned long long)largest << 32) | ~0u};
+  Range range{smallest, largest, 0};
   for (;;) {
-    const int bits = 64 - __clzll(range.high - range.low), shift = bits > 11 ? bits - 11 : 0;
-    entries.each([&](unsigned long long value) {
-      if (value >= range.low && value <= range.high) atomicAdd(&scratch.bins[(value - range.low) >> shift], 1u);
+    const uint32_t width = range.high - range.low;
+    const int bits = 32 - __clz(width), shift = bits > 11 ? bits - 11 : 0;
+    each([&](uint32_t value) {
+      // What lies below the range wraps around to above it.
+      if (value - range.low <= width) atomicAdd(&scratch.bins[(value - range.low) >> shift], 1u);
     });
     group_barrier(group);
     // The first thread looks at the largest bins.
@@ -452,14 +454,41 @@ __device__ __forceinline__ Range narrow(const Entries<kMostSlots>& entries, Grou
       }
     }
     group_barrier(group);
-    range.low += (unsigned long long)scratch.bin << shift;
-    const unsigned long long end = range.low + ((1ull << shift) - 1);
-    range.high = end < range.high ? end : range.high;
+    range.low += (uint32_t)scratch.bin << shift;
+    range.high = range.low + min(range.high - range.low, (1u << shift) - 1);
+    range.count = scratch.in_bin;
     wanted -= scratch.above;
-    const bool is_done = scratch.in_bin <= kFew || shift == 0;
     group_barrier(group);
-    if (is_done) return range;
+    if (range.count <= kFew || shift == 0) return range;
   }
+}
+
+// The few entries among which the wanted-th best lies: by their scores, and where too many are equal by their positions too.
+struct Cut {
+  Range scores, complements;
+  __device__ __forceinline__ bool holds(uint32_t score, uint32_t complement) const {
+    return score >= scores.low && score <= scores.high && complement >= complements.low && complement <= complements.high;
+  }
+};
+
+template <int kFew, int kMostSlots>
+__device__ __forceinline__ Cut cut_list(const Entries<kMostSlots>& entries, GroupScratch& scratch, int group, int thread,
+                                        int& wanted) {
+  Cut cut;
+  cut.scores = narrow<kFew>(
+      [&](auto visit) { entries.each([&](uint32_t score, uint32_t) { visit(score); }); }, scratch, group, thread, wanted);
+  cut.complements = Range{0, ~0u, cut.scores.count};
+  if (cut.scores.count > kFew) {
+    const uint32_t equal = cut.scores.low;
+    cut.complements = narrow<kFew>(
+        [&](auto visit) {
+          entries.each([&](uint32_t score, uint32_t complement) {
+            if (score == equal) visit(complement);
+          });
+        },
+        scratch, group, thread, wanted);
+  }
+  return cut;
 }
 
 // Writes the positions of the k best entries, ascending: a bitmap sorts them. It is zero before and after.
@@ -469,9 +498,10 @@ __device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, Se
   GroupScratch& scratch = memory.scratch;
   int wanted = k;
   if (thread == 0) scratch.num_ties = 0;
-  const Range range = narrow<kTies>(entries, scratch, 0, thread, wanted);
-  entries.each([&](unsigned long long value) {
-    if (value >= range.low && value <= range.high) scratch.ties[atomicAdd(&scratch.num_ties, 1)] = value;
+  const Cut cut = cut_list<kTies>(entries, scratch, 0, thread, wanted);
+  entries.each([&](uint32_t score, uint32_t complement) {
+    if (cut.holds(score, complement))
+      scratch.ties[atomicAdd(&scratch.num_ties, 1)] = ((unsigned long long)score << 32) | complement;
   });
   __syncthreads();
   const int num_ties = scratch.num_ties;
@@ -482,12 +512,13 @@ __device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, Se
     if (rank == wanted - 1) scratch.kth = mine;
   }
   __syncthreads();
-  const unsigned long long kth = scratch.kth;
+  const uint32_t kth_score = (uint32_t)(scratch.kth >> 32), kth_complement = (uint32_t)scratch.kth;
   int written = 0;
   for (int window = begin; window < end; window += kWindow) {
-    entries.each([&](unsigned long long value) {
-      const unsigned int place = (unsigned int)(position_of(value) - window);
-      if (value >= kth && place < (unsigned int)kWindow) atomicOr(&memory.bitmap[place >> 5], 1u << (place & 31));
+    entries.each([&](uint32_t score, uint32_t complement) {
+      const uint32_t place = ~complement - (uint32_t)window;
+      const bool is_chosen = score > kth_score || (score == kth_score && complement >= kth_complement);
+      if (is_chosen && place < (uint32_t)kWindow) atomicOr(&memory.bitmap[place >> 5], 1u << (place & 31));
     });
     __syncthreads();
     const int num_words = (min(kWindow, end - window) + 31) / 32;
@@ -549,20 +580,22 @@ __device__ __forceinline__ void prune(uint8_t* list_bytes, int query, int group,
   if (list.longest <= kFullAt || !(shared.threshold[query] <= __int_as_float(0x7f800000))) return;
   const Entries<kSlots> entries(list, thread);
   // One strand may be full while the row holds few entries, where keys of a period stand out: then all are spread anew.
-  unsigned long long low = 0;
+  uint32_t low = 0, low_complement = 0;
   const bool is_choosing = list.total > k;
   if (is_choosing) {
     int wanted = k;
-    low = narrow<kTies>(entries, scratch, group, thread, wanted).low;
+    const Cut cut = cut_list<kTies>(entries, scratch, group, thread, wanted);
+    low = cut.scores.low;
+    low_complement = cut.complements.low;
   }
   if (thread == 0) scratch.num_kept = 0;
   // Everything is in registers before any of it is overwritten.
   group_barrier(group);
-  entries.each([&](unsigned long long value) {
-    if (value < low) return;
+  entries.each([&](uint32_t score, uint32_t complement) {
+    if (score < low || (score == low && complement < low_complement)) return;
     const int number = atomicAdd(&scratch.num_kept, 1);
     const int slot = number / kStrands, to = number % kStrands / kOwners, owner = number % kOwners;
-    const int2 raw = make_int2(position_of(value), __float_as_int(from_ordered((uint32_t)(value >> 32))));
+    const int2 raw = make_int2((int)~complement, __float_as_int(from_ordered(score)));
     *reinterpret_cast<int2*>(list_bytes + (to * kSlots + slot) * kSlotBytes + owner * 8) = raw;
   });
   group_barrier(group);
@@ -572,7 +605,7 @@ __device__ __forceinline__ void prune(uint8_t* list_bytes, int query, int group,
   }
   if (thread == 0 && is_choosing) {
     // k entries score at least this much and stand before every key to come, which must therefore score more.
-    const float limit = from_ordered((uint32_t)(low >> 32));
+    const float limit = from_ordered(low);
     shared.threshold[query] = fmaxf(shared.threshold[query], nextafterf(limit, __int_as_float(0x7f800000)));
   }
   group_barrier(group);
@@ -792,13 +825,19 @@ __global__ void __launch_bounds__(kGroupThreads) threshold_kernel(const __grid_c
   if (list.total > a.sample_rank) {
     for (int i = thread; i < kBins; i += kGroupThreads) scratch.bins[i] = 0;
     int wanted = a.sample_rank;
-    threshold = from_ordered((uint32_t)(narrow<kNear>(Entries<kSampleSlots>(list, thread), scratch, 0, thread, wanted).low >> 32));
+    const Entries<kSampleSlots> entries(list, thread);
+    threshold = from_ordered(cut_list<kNear>(entries, scratch, 0, thread, wanted).scores.low);
   }
   if (thread == 0) a.thresholds[row] = threshold;
 }
 
+// Apart, so that the usual rows' registers are not those of the longest ones.
+__device__ __noinline__ void write_long_row(const List& list, int begin, int end, int k, int* out) {
+  write_row(Entries<kSlots>(list, threadIdx.x), selector, threadIdx.x, begin, end, k, out);
+}
+
 // The selection of a row from its list; rows that see at most k keys take them all. A block a row.
-__global__ void __launch_bounds__(kGroupThreads, 4) write_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kGroupThreads, 3) write_kernel(const __grid_constant__ Arguments a) {
   const int row = blockIdx.x, token = a.first_tile * kTile + row, thread = threadIdx.x;
   if (token >= a.num_queries) return;
   const int last = min(load_bound(a.last, a.are_wide, token), a.num_keys - 1);
@@ -814,7 +853,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) write_kernel(const __grid_co
   if (list.longest <= kUsualSlots) {
     write_row(Entries<kUsualSlots>(list, thread), selector, thread, first, last + 1, a.k, out);
   } else {
-    write_row(Entries<kSlots>(list, thread), selector, thread, first, last + 1, a.k, out);
+    write_long_row(list, first, last + 1, a.k, out);
   }
 }
 
