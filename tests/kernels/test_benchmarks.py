@@ -75,3 +75,11 @@ def test_without_cuda_libraries_no_memory_of_them_stays(monkeypatch):
         assert os.environ["OPENKEYE_CUDA"] == "0" and cuda_library("top_k") is None
         assert cuda_library.cache_info().currsize == 1
     assert os.environ["OPENKEYE_CUDA"] == "1" and cuda_library.cache_info().currsize == 0
+
+
+def test_kernels_are_named_without_namespaces_and_parameters():
+    from benchmarks.where_time_goes import short_name
+
+    assert short_name("(anonymous namespace)::score_kernel((anonymous namespace)::Arguments)") == "score_kernel"
+    assert short_name("void at::native::elementwise_kernel<128, 4>(int)") == "elementwise_kernel"
+    assert short_name("_quantize") == "_quantize"
