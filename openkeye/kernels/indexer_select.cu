@@ -16,11 +16,18 @@
 // depends on the sample.
 //
 // A row's list has a strand for each of the 96 threads that meet its scores, so that appending needs no atomic and no branch:
-// a store and an addition under a predicate. When a list is read, a score becomes an unsigned number that is ordered as floats
-// are, and a position its complement: of two entries the better one has the larger score, or the larger complement beside it.
+// a store and an addition under a predicate. `selection_lists.cuh` prunes lists and chooses from them.
 
 #include <cuda_runtime.h>
 #include <stdint.h>
+
+namespace {
+
+__device__ __forceinline__ void group_barrier(int group);
+
+}  // namespace
+
+#include "selection_lists.cuh"
 
 namespace {
 
@@ -34,38 +41,18 @@ constexpr int kKeys = 64;                  // rows of the wgmma tile
 constexpr int kStageKeys = 256;
 constexpr int kStageTiles = kStageKeys / kKeys;
 constexpr int kStageBytes = kStageKeys * (kWidth + 4);
-constexpr int kGroups = 3;                 // warpgroups
-constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroups * kGroupThreads;
 constexpr int kStages = 3;
 constexpr int kRound = 1;                  // stages of a warpgroup between two looks at the lists
-constexpr int kOwners = 32;                // strands of a row's list in each warpgroup
-constexpr int kStrands = kGroups * kOwners;
-constexpr int kSlots = 80;                 // entries of a strand
-constexpr int kSlotBytes = kOwners * 8;    // between the entries of a strand: a warp reads 32 strands at once
 constexpr int kFullAt = kSlots - kRound * (kStageKeys / kOwners);
-constexpr int kBins = 2048;
 constexpr int kNear = 8;                   // entries around the wanted one that a sample's threshold may be off
-constexpr int kTies = 128;                 // entries of a bin that are ranked by comparing all pairs
-constexpr int kWindow = 131072;            // positions of the bitmap that sorts a selection
-constexpr int kGroupWarps = kGroupThreads / 32;
 constexpr int kUsualSlots = 56;            // of the longest strand of most rows
-constexpr int kMaxK = kFullAt * kStrands / 2;
 constexpr int kSampled = 6144;             // keys of a sample at most: as many as a list holds without a threshold
 constexpr int kSampleSlots = (kSampled / kStageKeys + kGroups - 1) / kGroups * (kStageKeys / kOwners);
 constexpr int kMinStride = 16;             // of the sample: every 16th key costs a sixteenth of the work
 constexpr int kPadding = 2 * kStageKeys;   // keys past the end that a stage may copy; none is ever chosen
 
 constexpr float kLargest = 3.402823466e38f;
-
-// What a warpgroup needs to select from a list.
-struct GroupScratch {
-  uint32_t bins[kBins];
-  unsigned long long ties[kTies];
-  unsigned long long kth;
-  uint32_t warp_values[2][kGroupWarps];
-  int bin, above, in_bin, num_ties, num_kept;
-};
 
 // The keys a pass scores: from `begin` on, a multiple of 8.
 struct Pass {
@@ -97,15 +84,8 @@ struct Shared {
   GroupScratch group[kGroups];
 };
 
+static_assert(kMaxK <= kFullAt * kStrands / 2, "a pruned list must have room again");
 static_assert(sizeof(Shared) <= 232448, "a block of sm_90 has 227 KiB of shared memory");
-
-struct SelectorMemory {
-  GroupScratch scratch;
-  alignas(16) uint32_t bitmap[kWindow / 32];
-  alignas(16) int selected[kMaxK];
-};
-
-static_assert(sizeof(SelectorMemory) <= 49152, "more shared memory would have to be asked for");
 
 extern __shared__ __align__(1024) uint8_t block_memory[];
 
@@ -133,8 +113,6 @@ struct Arguments {
   uint8_t* counts;         // [tiles, 16, strands]
   float* thresholds;       // [tiles, 16]
 };
-
-constexpr int64_t kListBytes = (int64_t)kGroups * kSlots * kSlotBytes;
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -173,15 +151,6 @@ __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * 
 
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   return (uint64_t)((address & 0x3ffff) >> 4) | ((uint64_t)1 << 16) | ((uint64_t)(512 >> 4) << 32) | ((uint64_t)2 << 62);
-}
-
-__device__ __forceinline__ uint32_t ordered(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  return (bits >> 31) ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float from_ordered(uint32_t bits) {
-  return __uint_as_float((bits >> 31) ? bits & 0x7fffffffu : ~bits);
 }
 
 // The same value in all threads of a warp, and known to be.
@@ -318,231 +287,6 @@ __device__ __forceinline__ void append(const float (&d)[kProducts], uint8_t* lis
   }
 }
 
-// A row's list as a lane sees it: where it is, how many entries the lane's strands have, and the longest and the sum of all.
-struct List {
-  const uint8_t* entries;
-  int counts[kGroups];
-  int longest, total;
-};
-
-__device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t* counts) {
-  List list;
-  list.entries = entries;
-  int most = 0, sum = 0;
-#pragma unroll
-  for (int from = 0; from < kGroups; ++from) {
-    list.counts[from] = counts[from * kOwners + (threadIdx.x & 31)];
-    most = max(most, list.counts[from]);
-    sum += list.counts[from];
-  }
-  list.longest = __reduce_max_sync(~0u, most);
-  list.total = __reduce_add_sync(~0u, sum);
-  return list;
-}
-
-// The entries of a list in the registers of a warpgroup: scores, ordered as unsigned numbers, and complements of positions.
-// each(visit) calls visit(score, complement) for every one.
-template <int kMostSlots>
-struct Entries {
-  static constexpr int kEach = kMostSlots / kGroupWarps;
-  uint32_t scores[kGroups][kEach], complements[kGroups][kEach];
-  __device__ __forceinline__ Entries(const List& list, int thread) {
-#pragma unroll
-    for (int from = 0; from < kGroups; ++from) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int slot = i * kGroupWarps + (thread >> 5);
-        const uint8_t* place = list.entries + (from * kSlots + slot) * kSlotBytes + (thread & 31) * 8;
-        int2 raw = make_int2(0, 0);
-        const bool is_there = slot < list.counts[from];
-        if (is_there) raw = __ldcg(reinterpret_cast<const int2*>(place));
-        // No score is ordered as zero.
-        scores[from][i] = is_there ? ordered(__int_as_float(raw.y)) : 0u;
-        complements[from][i] = ~(uint32_t)raw.x;
-      }
-    }
-  }
-  template <typename Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-#pragma unroll
-    for (int from = 0; from < kGroups; ++from)
-#pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        if (scores[from][i]) visit(scores[from][i], complements[from][i]);
-  }
-};
-
-// Sum over the warpgroup of everything before this thread; `total` is the whole sum.
-__device__ __forceinline__ int exclusive_sum(GroupScratch& scratch, int group, int thread, int value, int& total) {
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, step);
-    if ((thread & 31) >= step) sum += other;
-  }
-  if ((thread & 31) == 31) scratch.warp_values[0][thread >> 5] = (uint32_t)sum;
-  group_barrier(group);
-  int before = 0;
-  total = 0;
-#pragma unroll
-  for (int warp = 0; warp < kGroupWarps; ++warp) {
-    before += warp < (thread >> 5) ? (int)scratch.warp_values[0][warp] : 0;
-    total += (int)scratch.warp_values[0][warp];
-  }
-  group_barrier(group);
-  return before + sum - value;
-}
-
-struct Range {
-  uint32_t low, high;
-  int count;
-};
-
-// Of 2,048 bins between the smallest and largest number the one in which the wanted-th largest lies, refined until it holds at
-// most kFew numbers or one number only; `wanted` becomes the rank inside it. each(visit) names the numbers. The bins are zero
-// before and after.
-template <int kFew, typename Each>
-__device__ __forceinline__ Range narrow(Each each, GroupScratch& scratch, int group, int thread, int& wanted) {
-  uint32_t largest = 0, smallest = ~0u;
-  each([&](uint32_t value) {
-    largest = max(largest, value);
-    smallest = min(smallest, value);
-  });
-  largest = __reduce_max_sync(~0u, largest);
-  smallest = __reduce_min_sync(~0u, smallest);
-  if ((thread & 31) == 0) {
-    scratch.warp_values[0][thread >> 5] = largest;
-    scratch.warp_values[1][thread >> 5] = smallest;
-  }
-  group_barrier(group);
-#pragma unroll
-  for (int warp = 0; warp < kGroupWarps; ++warp) {
-    largest = max(largest, scratch.warp_values[0][warp]);
-    smallest = min(smallest, scratch.warp_values[1][warp]);
-  }
-  group_barrier(group);
-  Range range{smallest, largest, 0};
-  for (;;) {
-    const uint32_t width = range.high - range.low;
-    const int bits = 32 - __clz(width), shift = bits > 11 ? bits - 11 : 0;
-    each([&](uint32_t value) {
-      // What lies below the range wraps around to above it.
-      if (value - range.low <= width) atomicAdd(&scratch.bins[(value - range.low) >> shift], 1u);
-    });
-    group_barrier(group);
-    // The first thread looks at the largest bins.
-    constexpr int kOwn = kBins / kGroupThreads;
-    int own[kOwn], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      uint32_t& bin = scratch.bins[kBins - 1 - (thread * kOwn + i)];
-      own[i] = (int)bin;
-      bin = 0;
-      sum += own[i];
-    }
-    int total;
-    int above = exclusive_sum(scratch, group, thread, sum, total);
-    if (above < wanted && above + sum >= wanted) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (above < wanted && above + own[i] >= wanted) {
-          scratch.bin = kBins - 1 - (thread * kOwn + i);
-          scratch.above = above;
-          scratch.in_bin = own[i];
-        }
-        above += own[i];
-      }
-    }
-    group_barrier(group);
-    range.low += (uint32_t)scratch.bin << shift;
-    range.high = range.low + min(range.high - range.low, (1u << shift) - 1);
-    range.count = scratch.in_bin;
-    wanted -= scratch.above;
-    group_barrier(group);
-    if (range.count <= kFew || shift == 0) return range;
-  }
-}
-
-// The few entries among which the wanted-th best lies: by their scores, and where too many are equal by their positions too.
-struct Cut {
-  Range scores, complements;
-  __device__ __forceinline__ bool holds(uint32_t score, uint32_t complement) const {
-    return score >= scores.low && score <= scores.high && complement >= complements.low && complement <= complements.high;
-  }
-};
-
-template <int kFew, int kMostSlots>
-__device__ __forceinline__ Cut cut_list(const Entries<kMostSlots>& entries, GroupScratch& scratch, int group, int thread,
-                                        int& wanted) {
-  Cut cut;
-  cut.scores = narrow<kFew>(
-      [&](auto visit) { entries.each([&](uint32_t score, uint32_t) { visit(score); }); }, scratch, group, thread, wanted);
-  cut.complements = Range{0, ~0u, cut.scores.count};
-  if (cut.scores.count > kFew) {
-    const uint32_t equal = cut.scores.low;
-    cut.complements = narrow<kFew>(
-        [&](auto visit) {
-          entries.each([&](uint32_t score, uint32_t complement) {
-            if (score == equal) visit(complement);
-          });
-        },
-        scratch, group, thread, wanted);
-  }
-  return cut;
-}
-
-// Writes the positions of the k best entries, ascending: a bitmap sorts them. It is zero before and after.
-template <int kMostSlots>
-__device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, SelectorMemory& memory, int thread, int begin,
-                                          int end, int k, int* out) {
-  GroupScratch& scratch = memory.scratch;
-  int wanted = k;
-  if (thread == 0) scratch.num_ties = 0;
-  const Cut cut = cut_list<kTies>(entries, scratch, 0, thread, wanted);
-  entries.each([&](uint32_t score, uint32_t complement) {
-    if (cut.holds(score, complement))
-      scratch.ties[atomicAdd(&scratch.num_ties, 1)] = ((unsigned long long)score << 32) | complement;
-  });
-  __syncthreads();
-  const int num_ties = scratch.num_ties;
-  if (thread < num_ties) {
-    const unsigned long long mine = scratch.ties[thread];
-    int rank = 0;
-    for (int i = 0; i < num_ties; ++i) rank += scratch.ties[i] > mine ? 1 : 0;
-    if (rank == wanted - 1) scratch.kth = mine;
-  }
-  __syncthreads();
-  const uint32_t kth_score = (uint32_t)(scratch.kth >> 32), kth_complement = (uint32_t)scratch.kth;
-  int written = 0;
-  for (int window = begin; window < end; window += kWindow) {
-    entries.each([&](uint32_t score, uint32_t complement) {
-      const uint32_t place = ~complement - (uint32_t)window;
-      const bool is_chosen = score > kth_score || (score == kth_score && complement >= kth_complement);
-      if (is_chosen && place < (uint32_t)kWindow) atomicOr(&memory.bitmap[place >> 5], 1u << (place & 31));
-    });
-    __syncthreads();
-    const int num_words = (min(kWindow, end - window) + 31) / 32;
-    // An odd number of words a thread keeps the threads of a warp on different banks.
-    const int own = ((num_words + kGroupThreads - 1) / kGroupThreads) | 1;
-    const int from = min(num_words, thread * own), to = min(num_words, from + own);
-    int sum = 0;
-    for (int word = from; word < to; ++word) sum += __popc(memory.bitmap[word]);
-    int total;
-    int place = written + exclusive_sum(scratch, 0, thread, sum, total);
-    for (int word = from; word < to; ++word) {
-      uint32_t bits = memory.bitmap[word];
-      memory.bitmap[word] = 0;
-      while (bits) {
-        memory.selected[place++] = window + word * 32 + __ffs(bits) - 1;
-        bits &= bits - 1;
-      }
-    }
-    written += total;
-    __syncthreads();
-  }
-  for (int i = thread; i < k; i += kGroupThreads) out[i] = memory.selected[i];
-}
-
 __device__ __noinline__ void load_queries(const Arguments& a, int tile) {
   for (int piece = threadIdx.x; piece < 2 * kColumns * 4; piece += kThreads) {
     const int half = piece / (kColumns * 4), row = piece / 4 % kColumns, chunk = piece & 3;
@@ -571,51 +315,16 @@ __device__ __noinline__ void load_queries(const Arguments& a, int tile) {
   __syncthreads();
 }
 
-// Leaves at least the k best entries of a list, evenly over its strands, and raises the row's threshold above what can no
-// longer be chosen; for a warpgroup.
-__device__ __forceinline__ void prune(uint8_t* list_bytes, int query, int group, int thread, int k) {
-  GroupScratch& scratch = shared.group[group];
-  const List list = view_list(list_bytes, shared.count[query]);
-  // A closed row's threshold is no number; its list is complete.
-  if (list.longest <= kFullAt || !(shared.threshold[query] <= __int_as_float(0x7f800000))) return;
-  const Entries<kSlots> entries(list, thread);
-  // One strand may be full while the row holds few entries, where keys of a period stand out: then all are spread anew.
-  uint32_t low = 0, low_complement = 0;
-  const bool is_choosing = list.total > k;
-  if (is_choosing) {
-    int wanted = k;
-    const Cut cut = cut_list<kTies>(entries, scratch, group, thread, wanted);
-    low = cut.scores.low;
-    low_complement = cut.complements.low;
-  }
-  if (thread == 0) scratch.num_kept = 0;
-  // Everything is in registers before any of it is overwritten.
-  group_barrier(group);
-  entries.each([&](uint32_t score, uint32_t complement) {
-    if (score < low || (score == low && complement < low_complement)) return;
-    const int number = atomicAdd(&scratch.num_kept, 1);
-    const int slot = number / kStrands, to = number % kStrands / kOwners, owner = number % kOwners;
-    const int2 raw = make_int2((int)~complement, __float_as_int(from_ordered(score)));
-    *reinterpret_cast<int2*>(list_bytes + (to * kSlots + slot) * kSlotBytes + owner * 8) = raw;
-  });
-  group_barrier(group);
-  if (thread < kStrands) {
-    const int kept = scratch.num_kept;
-    shared.count[query][thread] = (uint8_t)(kept / kStrands + (thread < kept % kStrands ? 1 : 0));
-  }
-  if (thread == 0 && is_choosing) {
-    // k entries score at least this much and stand before every key to come, which must therefore score more.
-    const float limit = from_ordered(low);
-    shared.threshold[query] = fmaxf(shared.threshold[query], nextafterf(limit, __int_as_float(0x7f800000)));
-  }
-  group_barrier(group);
-}
-
 // Looks after the lists when a strand of the block is full; every thread of the block comes here.
 __device__ __noinline__ void prune_full_lists(uint8_t* lists, int k) {
   const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
   __syncthreads();
-  for (int query = group; query < kTile; query += kGroups) prune(lists + query * kListBytes, query, group, thread, k);
+  for (int query = group; query < kTile; query += kGroups) {
+    // A closed row's threshold is no number; its list is complete.
+    const bool is_open = shared.threshold[query] <= __int_as_float(0x7f800000);
+    if (is_open && view_list(nullptr, shared.count[query]).longest > kFullAt)
+      prune(lists + query * kListBytes, shared.count[query], &shared.threshold[query], shared.group[group], group, thread, k);
+  }
   __syncthreads();
 }
 
