@@ -18,6 +18,8 @@ from openkeye.kernels.experts_backward import experts_backward
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+# A region that torch compiles stops here: tracing the launches would gain nothing, and their tile maps are made on the device.
+@torch.compiler.disable
 def experts(
     x_TD: Tensor,
     gate_up_EDF: Tensor,

@@ -99,6 +99,19 @@ def test_learning_gets_gradients(operation, quiet, on_gpu, device):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+def test_regions_that_torch_compiles_learn_through_the_experts(quiet, on_gpu, device):
+    x, gate_up, down, weights, ids = cases(device)["experts"]
+    learnt = [tensor.requires_grad_() for tensor in (x, gate_up, down)]
+
+    def region(x_TD: Tensor) -> Tensor:
+        return dispatch.experts(1.5 * x_TD, gate_up, down, weights, ids).sin()
+
+    plain = torch.autograd.grad(region(x).sum(), learnt)
+    compiled = torch.autograd.grad(torch.compile(region, backend="aot_eager", dynamic=True)(x).sum(), learnt)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_what_no_kernel_serves_is_said_once_and_runs_all_the_same(on_gpu, device):
     arguments = cases(device, width=48)
     for operation in ("sparse_attention", "norm_rotary", "indexer_select"):
