@@ -99,7 +99,7 @@ def test_learning_gets_gradients(operation, quiet, on_gpu, device):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
-def test_regions_that_torch_compiles_learn_through_the_experts(quiet, on_gpu, device):
+def test_regions_that_torch_compiles_learn_through_the_experts(on_gpu, device):
     x, gate_up, down, weights, ids = cases(device)["experts"]
     learnt = [tensor.requires_grad_() for tensor in (x, gate_up, down)]
 
