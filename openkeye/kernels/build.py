@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from openkeye.common.checks import InputError, writing_to
+
 FOLDER = Path(__file__).parent
 CAPABILITY = (9, 0)
 FLAGS = (
@@ -52,12 +54,16 @@ def cuda_library(name: str) -> ctypes.CDLL | None:
         # Without nvcc a library that was compiled elsewhere from this very source serves too.
         compiled = sorted(cache_folder().glob(f"{name}-{_source_key(name)}-*.so"))
         if not compiled:
-            _warn_about_nvcc()
+            _warn_once(f"{NO_NVCC}: the slower Triton kernels serve on this GPU")
             return None
         return ctypes.CDLL(str(compiled[-1]))
     path = cached_path(name, nvcc)
-    if not path.exists():
-        compile_library(name, path)
+    try:
+        if not path.exists():
+            compile_library(name, path)
+    except InputError as error:
+        _warn_once(f"{error}: the slower Triton kernels serve on this GPU (XDG_CACHE_HOME names another folder)")
+        return None
     return ctypes.CDLL(str(path))
 
 
@@ -72,19 +78,21 @@ def compile_library(name: str, out_path: Path) -> None:
 
     Raises:
         RuntimeError: there is no nvcc, or it refused the source; with nvcc's words.
+        InputError: the folder cannot be written.
     """
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError(f"{name}.cu cannot be compiled: {NO_NVCC}")
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_path.parent) as scratch:
-        unfinished = Path(scratch) / out_path.name
-        command = [nvcc, *FLAGS, "-o", str(unfinished), str(FOLDER / f"{name}.cu")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"nvcc could not compile {name}.cu:\n{result.stdout}{result.stderr}")
-        # Another process may be doing the same: the last one to finish wins, and nobody loads half a file.
-        unfinished.replace(out_path)
+    with writing_to(out_path.parent):
+        out_path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_path.parent) as scratch:
+            unfinished = Path(scratch) / out_path.name
+            command = [nvcc, *FLAGS, "-o", str(unfinished), str(FOLDER / f"{name}.cu")]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(f"nvcc could not compile {name}.cu:\n{result.stdout}{result.stderr}")
+            # Another process may be doing the same: the last one to finish wins, and nobody loads half a file.
+            unfinished.replace(out_path)
 
 
 def cache_folder() -> Path:
@@ -125,11 +133,8 @@ def _digest(*parts: bytes) -> str:
 
 
 @functools.cache
-def _warn_about_nvcc() -> None:
-    warnings.warn(
-        f"{NO_NVCC}: the slower Triton kernels serve on this GPU",
-        stacklevel=3,
-    )
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def main() -> int:
@@ -139,8 +144,12 @@ def main() -> int:
             print(f"{NO_NVCC}: install the CUDA toolkit", file=sys.stderr)
             return 1
         path = cached_path(source.stem, nvcc)
-        if not path.exists():
-            compile_library(source.stem, path)
+        try:
+            if not path.exists():
+                compile_library(source.stem, path)
+        except InputError as error:
+            print(error, file=sys.stderr)
+            return 2
         print(path)
     return 0
 

@@ -22,20 +22,7 @@ CUDNN_CAPABILITY = 9
 CUDNN_FLOPS = 1e12
 # cuDNN builds a plan for every new shape, tens of milliseconds once; 48 layers of this much work repay it the first time
 CUDNN_MIN_KEYS = 64
-DENSE_KEYS = 8192
-# the longest context for which attending to all keys is faster than selecting 2,048 of them and attending to those: a first
-# guess from kernels timed apart on an H100
-DENSE_TOP_K = 2048
 MERGE_ROWS = 16
-
-
-def should_attend_densely(num_keys: int, k: int) -> bool:
-    """True where attention over all num_keys keys costs less than selecting k of them; for other k in proportion.
-
-    Up to k keys both give the same result. Beyond, dense attention sees keys that the selection leaves out: the caller knows
-    whether it wants that.
-    """
-    return num_keys <= max(k, DENSE_KEYS * k // DENSE_TOP_K)
 
 
 def choose_back_end(query_THD: Tensor, key_SGD: Tensor, is_causal: bool) -> str:

@@ -1,7 +1,10 @@
 """Compiling the CUDA C++ kernels: on any machine with nvcc, loaded on Hopper alone."""
 
 import ctypes
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -21,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENKEYE_CUDA", raising=False)
     (tmp_path / "answer.cu").write_text(SOURCE)
-    cached = (build.cuda_library, build.find_nvcc, build._source_key, build._warn_about_nvcc)
+    cached = (build.cuda_library, build.find_nvcc, build._source_key, build._warn_once)
     for function in cached:
         function.cache_clear()
     yield tmp_path
@@ -115,3 +118,21 @@ def test_a_launch_that_failed_is_an_error():
     build.check_launch(0, "answer")
     with pytest.raises(RuntimeError, match=r"answer: .* 98"):
         build.check_launch(98, "answer")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line():
+    command = [sys.executable, "-m", "openkeye.kernels.build"]
+    environment = os.environ | {"XDG_CACHE_HOME": "/dev/full"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if build.find_nvcc() is None:
+        assert result.returncode == 1
+        return
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cannot be written" in result.stderr
+
+
+@needs_nvcc
+def test_on_hopper_a_folder_that_cannot_be_written_leaves_triton_and_says_so_once(folder, monkeypatch):
+    pretend_hopper(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/full")
+    with pytest.warns(UserWarning, match="cannot be written .* Triton kernels serve"):
+        assert build.cuda_library("answer") is None

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from openkeye.kernels import reference
 from openkeye.kernels.dense_attention import (
-    DENSE_KEYS,
-    DENSE_TOP_K,
     _check_last,
     _SplitAttention,
     choose_back_end,
@@ -16,7 +14,6 @@ from openkeye.kernels.dense_attention import (
     merge_parts,
     packed_attention,
     packed_attention_with_lse,
-    should_attend_densely,
 )
 
 SCALE = 0.3
@@ -181,11 +178,6 @@ def test_other_positions_than_the_last_are_refused():
 def test_an_unknown_back_end_is_refused():
     with pytest.raises(ValueError, match="got 'quick'"):
         dense_attention(*case(3, 8, 2, 2), None, SCALE, back_end="quick")
-
-
-def test_dense_serves_short_contexts():
-    assert should_attend_densely(DENSE_KEYS, DENSE_TOP_K) and not should_attend_densely(DENSE_KEYS + 1, DENSE_TOP_K)
-    assert should_attend_densely(16, 16) and not should_attend_densely(100, 16)
 
 
 def test_a_cpu_takes_the_twin():
