@@ -1,10 +1,11 @@
 // The lightning indexer's selection for sm_90a: scores in fp8 and exact top-k, no matrix of scores anywhere. Five kernels:
 // the keys are arranged, a sample of them is scored, thresholds come of it, all keys are scored, the best are written.
 //
-// A block owns 16 neighbouring queries. Their 16 x 16 heads are the columns of two wgmma tiles and stay in shared memory;
-// the warpgroups take turns at stages of 256 keys. While one half of the queries is multiplied with a tile of keys, the
-// products of the other half are weighed, summed and compared. The rows of the column operand are ordered so that all heads of
-// a query fall to one thread: that needs no exchange between threads.
+// A block owns 16 neighbouring queries. Their 16 x 16 heads are the columns of two wgmma tiles and stay in shared memory.
+// Two warpgroups, a half of the queries each, walk the same stages of 512 keys; two such pairs take turns at stages. While
+// some warpgroups' products are under way, others weigh, sum and compare theirs. The rows of the column operand are ordered so
+// that all heads of a query fall to one thread: that needs no exchange between threads, and a thread meets two queries only,
+// whose gates stay in its registers (read from shared memory for each tile they took more of its bandwidth than the products).
 //
 // Keys are arranged in the order in which wgmma reads shared memory, so that a stage is one bulk copy, and the sample is drawn,
 // one of every `stride`.
@@ -15,7 +16,7 @@
 // unlucky sample) is made again without a threshold. So the result is exact whatever the scores are, and only its speed
 // depends on the sample.
 //
-// A row's list has a strand for each of the 96 threads that meet its scores, so that appending needs no atomic and no branch:
+// A row's list has a strand for each of the 64 threads that meet its scores, so that appending needs no atomic and no branch:
 // a store and an addition under a predicate. `selection_lists.cuh` prunes lists and chooses from them.
 
 #include <cuda_runtime.h>
@@ -38,17 +39,17 @@ constexpr int kHalf = kTile / 2;           // queries of a wgmma tile
 constexpr int kColumns = kHalf * kHeads;   // of it
 constexpr int kProducts = kColumns / 2;    // a thread's share of a wgmma tile
 constexpr int kKeys = 64;                  // rows of the wgmma tile
-constexpr int kStageKeys = 256;
+constexpr int kStageKeys = 512;
 constexpr int kStageTiles = kStageKeys / kKeys;
 constexpr int kStageBytes = kStageKeys * (kWidth + 4);
+constexpr int kGroups = 2 * kParts;         // warpgroups
 constexpr int kThreads = kGroups * kGroupThreads;
-constexpr int kStages = 3;
-constexpr int kRound = 1;                  // stages of a warpgroup between two looks at the lists
-constexpr int kFullAt = kSlots - kRound * (kStageKeys / kOwners);
+constexpr int kStages = 2;
+constexpr int kFullAt = kSlots - kStageKeys / kOwners;
 constexpr int kNear = 8;                   // entries around the wanted one that a sample's threshold may be off
-constexpr int kUsualSlots = 56;            // of the longest strand of most rows
-constexpr int kSampled = 6144;             // keys of a sample at most: as many as a list holds without a threshold
-constexpr int kSampleSlots = (kSampled / kStageKeys + kGroups - 1) / kGroups * (kStageKeys / kOwners);
+constexpr int kUsualSlots = 84;            // of the longest strand of most rows
+constexpr int kSampled = 4096;             // keys of a sample at most: as many as a list holds without a threshold
+constexpr int kSampleSlots = (kSampled / kStageKeys + kParts - 1) / kParts * (kStageKeys / kOwners);
 constexpr int kMinStride = 16;             // of the sample: every 16th key costs a sixteenth of the work
 constexpr int kPadding = 2 * kStageKeys;   // keys past the end that a stage may copy; none is ever chosen
 
@@ -63,14 +64,15 @@ struct Pass {
 };
 
 struct Stages {
-  alignas(1024) uint8_t keys[kGroups][kStages][kStageKeys * kWidth];
-  alignas(16) float scales[kGroups][kStages][kStageKeys];
+  alignas(1024) uint8_t keys[kParts][kStages][kStageKeys * kWidth];
+  alignas(16) float scales[kParts][kStages][kStageKeys];
 };
 
 struct Shared {
   alignas(1024) uint8_t query[2][kColumns * kWidth];
   Stages stages;
-  alignas(8) uint64_t arrived[kGroups][kStages];
+  alignas(8) uint64_t arrived[kParts][kStages];
+  int num_left[kParts][kStages];           // warpgroups that are done with a stage, counted through all of them
   alignas(16) float weights[2][kHalf * kHeads];
   alignas(16) float threshold[kTile];
   alignas(16) int first[kTile];
@@ -78,6 +80,7 @@ struct Shared {
   uint8_t count[kTile][kStrands];          // entries of every strand, once a pass has ended or a list is full
   int is_long[kTile];
   int needs_again;
+  int is_one_full;                         // a strand, so that all warpgroups come to look after the lists
   int begin, end;                          // between them some row sees a key
   int all_from, all_to;                    // and from here to there every row that selects
   Pass pass;
@@ -146,6 +149,22 @@ __device__ __forceinline__ void group_barrier(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
 
+// A barrier of the warpgroup: whether any of its threads says so.
+__device__ __forceinline__ bool group_any(int group, int mine) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(group + 1), "n"(kGroupThreads), "r"(mine)
+      : "memory");
+  return any != 0;
+}
+
 // Rows of 64 bytes in the 64-byte swizzle: chunk c of row r lies at c ^ (r / 2 % 4); eight rows are 512 bytes.
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * kWidth + ((chunk ^ ((row >> 1) & 3)) << 4); }
 
@@ -191,44 +210,61 @@ __device__ __forceinline__ void finish_products(float (&d)[kProducts]) {
   for (int i = 0; i < kProducts; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Stages of a warpgroup, counted through all passes: which buffer, and which turn of its barrier.
-__device__ __forceinline__ void load_stage(int group, uint32_t counted, int number) {
+// Stages of a pair of warpgroups, counted through all passes: which buffer, and which turn of its barrier.
+__device__ __forceinline__ void load_stage(int part, uint32_t counted, int number) {
   const Pass& pass = shared.pass;
   const int stage = counted % kStages, start = pass.begin + number * kStageKeys;
-  const uint32_t barrier = shared_address(&shared.arrived[group][stage]);
+  const uint32_t barrier = shared_address(&shared.arrived[part][stage]);
   expect_bytes(barrier, kStageBytes);
-  copy_in_bulk(shared_address(shared.stages.keys[group][stage]), pass.keys + (int64_t)start * kWidth, kStageKeys * kWidth, barrier);
-  copy_in_bulk(shared_address(shared.stages.scales[group][stage]), pass.scales + start, kStageKeys * 4, barrier);
+  copy_in_bulk(shared_address(shared.stages.keys[part][stage]), pass.keys + (int64_t)start * kWidth, kStageKeys * kWidth, barrier);
+  copy_in_bulk(shared_address(shared.stages.scales[part][stage]), pass.scales + start, kStageKeys * 4, barrier);
 }
 
-// Where this thread appends: the byte offsets of its strands' ends, for the queries of `query_of`.
+// Which of the block's work is this thread's.
+struct Place {
+  int group, part, half, thread;           // thread of the warpgroup
+  __device__ __forceinline__ Place()
+      : group(uniform(threadIdx.x / kGroupThreads)), part(group >> 1), half(group & 1), thread(threadIdx.x % kGroupThreads) {}
+  __device__ __forceinline__ int owner() const { return (thread >> 5) * 8 + ((thread & 31) >> 2); }
+  __device__ __forceinline__ int strand() const { return part * kOwners + owner(); }
+  __device__ __forceinline__ int query(int a) const { return half * kHalf + 2 * (thread & 3) + a; }
+};
+
+// Where this thread appends: the byte offsets of its strands' ends, for its two queries.
 struct Strands {
-  uint32_t end[4];
-  __device__ __forceinline__ static int query_of(int thread, int a) { return (a >> 1) * kHalf + 2 * (thread & 3) + (a & 1); }
-  __device__ __forceinline__ static uint32_t begin(int query, int group, int owner) {
-    return ((query * kGroups + group) * kSlots) * kSlotBytes + owner * 8;
+  uint32_t end[2];
+  __device__ __forceinline__ static uint32_t begin(const Place& place, int a) {
+    return ((place.query(a) * kParts + place.part) * kSlots) * kSlotBytes + place.owner() * 8;
   }
-  __device__ __forceinline__ static int owner(int thread) { return (thread >> 5) * 8 + ((thread & 31) >> 2); }
-  __device__ __forceinline__ int count(int a, int group, int thread) const {
-    return (int)(end[a] - begin(query_of(thread, a), group, owner(thread))) / kSlotBytes;
+  __device__ __forceinline__ int count(const Place& place, int a) const {
+    return (int)(end[a] - begin(place, a)) / kSlotBytes;
   }
-  __device__ __forceinline__ void set_counts(int group, int thread) {
+  __device__ __forceinline__ void set_counts(const Place& place) {
 #pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      const int query = query_of(thread, a), strand = group * kOwners + owner(thread);
-      end[a] = begin(query, group, owner(thread)) + shared.count[query][strand] * kSlotBytes;
+    for (int a = 0; a < 2; ++a) end[a] = begin(place, a) + shared.count[place.query(a)][place.strand()] * kSlotBytes;
+  }
+  __device__ __forceinline__ void publish_counts(const Place& place) const {
+#pragma unroll
+    for (int a = 0; a < 2; ++a) shared.count[place.query(a)][place.strand()] = (uint8_t)count(place, a);
+  }
+  __device__ __forceinline__ bool is_one_full(const Place& place) const {
+    return max(count(place, 0), count(place, 1)) > kFullAt;
+  }
+};
+
+// The gates of the two queries whose products a thread meets, halved.
+struct Weights {
+  float of[2 * kHeads];
+  __device__ __forceinline__ explicit Weights(const Place& place) {
+    const float4* weights = reinterpret_cast<const float4*>(shared.weights[place.half]);
+#pragma unroll
+    for (int part = 0; part < 2 * kHeads / 4; ++part) {
+      const float4 w = weights[part * 4 + (place.thread & 3)];
+      of[part * 4] = w.x;
+      of[part * 4 + 1] = w.y;
+      of[part * 4 + 2] = w.z;
+      of[part * 4 + 3] = w.w;
     }
-  }
-  __device__ __forceinline__ void publish_counts(int group, int thread) const {
-#pragma unroll
-    for (int a = 0; a < 4; ++a)
-      shared.count[query_of(thread, a)][group * kOwners + owner(thread)] = (uint8_t)count(a, group, thread);
-  }
-  __device__ __forceinline__ bool is_one_full(int group, int thread) const {
-    int most = 0;
-#pragma unroll
-    for (int a = 0; a < 4; ++a) most = max(most, count(a, group, thread));
-    return most > kFullAt;
   }
 };
 
@@ -251,38 +287,35 @@ __device__ __forceinline__ void append_if_passed(float score, float limit, int i
 // Sums over the heads and appends what passes. Thread layout of the products: rows (keys) lane / 4 and + 8 of the warp's 16,
 // columns 8 i + 2 (lane % 4) + b, which hold query 2 (lane % 4) + i / 8 of the half and head 2 (i % 8) + b.
 template <bool kIsEnd>
-__device__ __forceinline__ void append(const float (&d)[kProducts], uint8_t* lists, Strands& strands, int half,
-                                       const float* scales, int key, int thread) {
-  const int quad = thread & 3, row = (thread >> 5) * 16 + ((thread & 31) >> 2);
+__device__ __forceinline__ void append(const float (&d)[kProducts], const Weights& weights, uint8_t* lists, Strands& strands,
+                                       const Place& place, const float* scales, int key) {
+  const int row = (place.thread >> 5) * 16 + ((place.thread & 31) >> 2);
   const float scale0 = scales[row], scale1 = scales[row + 8];
-  const float4* weights = reinterpret_cast<const float4*>(shared.weights[half]);
-  const float2 limits = *reinterpret_cast<const float2*>(&shared.threshold[half * kHalf + 2 * quad]);
+  const float2 limits = *reinterpret_cast<const float2*>(&shared.threshold[place.query(0)]);
 #pragma unroll
   for (int a = 0; a < 2; ++a) {
     float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const float4 w = weights[(a * 4 + part) * 4 + quad];
-      const float each[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int head = part * 4 + e;
         const float x = d[(8 * a + head / 2) * 4 + (head & 1)], y = d[(8 * a + head / 2) * 4 + 2 + (head & 1)];
         // Twice the ReLU in one full-rate instruction; the weights are halved.
-        sum0 = fmaf(x + fabsf(x), each[e], sum0);
-        sum1 = fmaf(y + fabsf(y), each[e], sum1);
+        const float weight = weights.of[a * kHeads + head];
+        sum0 = fmaf(x + fabsf(x), weight, sum0);
+        sum1 = fmaf(y + fabsf(y), weight, sum1);
       }
     }
     const float limit = a ? limits.y : limits.x;
-    uint32_t& end = strands.end[2 * half + a];
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       // A score that is no number ranks last: every row must end with k entries.
       const float score = fmaxf((below ? sum1 : sum0) * (below ? scale1 : scale0), -kLargest);
-      const int mine = key + row + 8 * below, query = half * kHalf + 2 * quad + a;
+      const int mine = key + row + 8 * below;
       int is_seen = 1;
-      if (kIsEnd) is_seen = mine >= shared.first[query] && mine <= shared.last[query];
-      append_if_passed(score, limit, is_seen, mine, lists, end);
+      if (kIsEnd) is_seen = mine >= shared.first[place.query(a)] && mine <= shared.last[place.query(a)];
+      append_if_passed(score, limit, is_seen, mine, lists, strands.end[a]);
     }
   }
 }
@@ -319,6 +352,7 @@ __device__ __noinline__ void load_queries(const Arguments& a, int tile) {
 __device__ __noinline__ void prune_full_lists(uint8_t* lists, int k) {
   const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
   __syncthreads();
+  if (threadIdx.x == 0) shared.is_one_full = 0;
   for (int query = group; query < kTile; query += kGroups) {
     // A closed row's threshold is no number; its list is complete.
     const bool is_open = shared.threshold[query] <= __int_as_float(0x7f800000);
@@ -333,84 +367,73 @@ __device__ __forceinline__ void begin_pass(const Pass& pass) {
   __syncthreads();
 }
 
-// The products of a stage: every tile of 64 keys with two halves of the queries. The next is under way while one is looked at.
-__device__ __forceinline__ void score_stage(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
-  const uint64_t keys = descriptor(shared_address(shared.stages.keys[group][stage]));
-  const uint64_t queries = descriptor(shared_address(shared.query));
-  constexpr int kApart = kKeys * kWidth / 16, kHalvesApart = kColumns * kWidth / 16;
-  const float* scales = shared.stages.scales[group][stage];
-  float even[kProducts], odd[kProducts];
-  start_products(even, keys, queries);
-#pragma unroll
+// The products of a stage: every tile of 64 keys with this warpgroup's half of the queries, one product after the other. Where
+// not every row sees the whole stage, every pair is looked at.
+template <bool kIsEnd>
+__device__ __forceinline__ void score_stage(const Weights& weights, uint8_t* lists, Strands& strands, const Place& place, int stage,
+                                            int key) {
+  const int part = place.part;
+  const uint64_t keys = descriptor(shared_address(shared.stages.keys[part][stage]));
+  const uint64_t queries = descriptor(shared_address(shared.query[place.half]));
+  const float* scales = shared.stages.scales[part][stage];
+  constexpr int kUnrolled = kIsEnd ? 1 : 4;
+#pragma unroll kUnrolled
   for (int tile = 0; tile < kStageTiles; ++tile) {
-    start_products(odd, keys + tile * kApart, queries + kHalvesApart);
-    finish_products<1>(even);
-    append<false>(even, lists, strands, 0, scales + tile * kKeys, key + tile * kKeys, thread);
-    if (tile + 1 < kStageTiles) {
-      start_products(even, keys + (tile + 1) * kApart, queries);
-      finish_products<1>(odd);
-    } else {
-      finish_products<0>(odd);
-    }
-    append<false>(odd, lists, strands, 1, scales + tile * kKeys, key + tile * kKeys, thread);
-  }
-}
-
-// The same for a stage that not every row sees whole, one product after the other: every pair is looked at.
-__device__ __forceinline__ void score_end(uint8_t* lists, Strands& strands, int group, int stage, int key, int thread) {
-#pragma unroll 1
-  for (int from = 0; from < kStageKeys; from += kKeys) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Always zero, and the compiler cannot know it: a product begun before the last one is dealt with takes too many
-      // registers.
-      const uint32_t zero = (strands.end[0] | strands.end[1] | strands.end[2] | strands.end[3]) >> 31;
-      float products[kProducts];
-      start_products(products, descriptor(shared_address(&shared.stages.keys[group][stage][from * kWidth])) + zero,
-                     descriptor(shared_address(shared.query[half])));
-      finish_products<0>(products);
-      append<true>(products, lists, strands, half, &shared.stages.scales[group][stage][from], key + from, thread);
-    }
+    float products[kProducts];
+    start_products(products, keys + tile * (kKeys * kWidth / 16), queries);
+    finish_products<0>(products);
+    append<kIsEnd>(products, weights, lists, strands, place, scales + tile * kKeys, key + tile * kKeys);
   }
 }
 
 // Scores stages `from` to `to` of the pass and appends what passes the thresholds to the lists as the counts say they are.
-// `counted` stages went before; how many they are now comes back.
+// `counted` stages of this pair went before; how many they are now comes back.
 template <bool kIsEnd>
 __device__ __forceinline__ uint32_t score(uint8_t* lists, int from, int to, uint32_t counted, int k) {
-  const int group = uniform(threadIdx.x / kGroupThreads), thread = threadIdx.x % kGroupThreads;
+  const Place place;
   from = uniform(from);
   to = uniform(to);
+  const Weights weights(place);
   Strands strands;
-  strands.set_counts(group, thread);
-  if (thread == 0) {
+  strands.set_counts(place);
+  if (place.thread == 0 && place.half == 0) {
 #pragma unroll
-    for (int ahead = 0; ahead < kStages - 1; ++ahead)
-      if (from + ahead * kGroups + group < to) load_stage(group, counted + ahead, from + ahead * kGroups + group);
+    for (int ahead = 0; ahead < kStages; ++ahead)
+      if (from + ahead * kParts + place.part < to) load_stage(place.part, counted + ahead, from + ahead * kParts + place.part);
   }
-  for (int start = from; start < to; start += kRound * kGroups) {
-    const int end = min(to, start + kRound * kGroups);
-    for (int mine = start + group; mine < end; mine += kGroups) {
-      // All threads have left the stage before this one: its buffer is free for the next copy.
-      group_barrier(group);
-      const int next = mine + (kStages - 1) * kGroups, stage = counted % kStages;
-      if (thread == 0 && next < to) load_stage(group, counted + kStages - 1, next);
-      wait_for(shared_address(&shared.arrived[group][stage]), counted / kStages & 1);
-      ++counted;
-      const int key = shared.pass.number_from + mine * kStageKeys;
-      if (kIsEnd) {
-        score_end(lists, strands, group, stage, key, thread);
-      } else {
-        score_stage(lists, strands, group, stage, key, thread);
+  const int part = place.part;
+  bool has_left = true;                    // the stage before, which then may be overwritten
+  // The warpgroups meet only where a strand is full, and at the end.
+  for (int mine = from + part;;) {
+    while (mine < to) {
+      // Also makes sure that all threads have left the stage before this one.
+      const bool must_stop = group_any(place.group, *(volatile int*)&shared.is_one_full);
+      if (place.thread == 0 && !has_left) {
+        // The second of the pair to leave a stage has it filled again.
+        __threadfence_block();
+        const int last = mine - kParts, next = last + kStages * kParts;
+        const bool is_second = atomicAdd(&shared.num_left[part][(counted - 1) % kStages], 1) & 1;
+        if (is_second && next < to) load_stage(part, counted - 1 + kStages, next);
       }
+      has_left = true;
+      if (must_stop) break;
+      const int stage = counted % kStages;
+      wait_for(shared_address(&shared.arrived[part][stage]), counted / kStages & 1);
+      score_stage<kIsEnd>(weights, lists, strands, place, stage, shared.pass.number_from + mine * kStageKeys);
+      ++counted;
+      mine += kParts;
+      has_left = false;
+      if (strands.is_one_full(place)) *(volatile int*)&shared.is_one_full = 1;
     }
-    if (__syncthreads_or(strands.is_one_full(group, thread))) {
-      strands.publish_counts(group, thread);
+    const bool are_all_done = __syncthreads_and(mine >= to);
+    if (shared.is_one_full) {
+      strands.publish_counts(place);
       prune_full_lists(lists, k);
-      strands.set_counts(group, thread);
+      strands.set_counts(place);
     }
+    if (are_all_done) break;
   }
-  strands.publish_counts(group, thread);
+  strands.publish_counts(place);
   __syncthreads();
   return counted;
 }
@@ -433,17 +456,18 @@ __device__ __noinline__ bool must_score_again(int k) {
   return shared.needs_again;
 }
 
-// Bounds over the rows that select.
+// Bounds over the rows that select, by one warp.
 __device__ __noinline__ void set_bounds(int num_keys) {
-  shared.begin = num_keys;
-  shared.end = shared.all_from = 0;
-  shared.all_to = num_keys;
-  for (int query = 0; query < kTile; ++query) {
-    if (!shared.is_long[query]) continue;
-    shared.begin = min(shared.begin, shared.first[query]);
-    shared.end = max(shared.end, shared.last[query] + 1);
-    shared.all_from = max(shared.all_from, shared.first[query]);
-    shared.all_to = min(shared.all_to, shared.last[query]);
+  const int query = threadIdx.x & 31;
+  const bool selects = query < kTile && shared.is_long[query];
+  const int first = selects ? shared.first[query] : num_keys, last = selects ? shared.last[query] : -1;
+  const int begin = __reduce_min_sync(~0u, first), end = __reduce_max_sync(~0u, last + 1);
+  const int all_from = __reduce_max_sync(~0u, selects ? first : 0), all_to = __reduce_min_sync(~0u, selects ? last : num_keys);
+  if (query == 0) {
+    shared.begin = begin;
+    shared.end = end;
+    shared.all_from = all_from;
+    shared.all_to = all_to;
   }
 }
 
@@ -455,16 +479,26 @@ __device__ __forceinline__ int sampled_key(int number, int stride) {
   return number * stride + (int)((mixed >> 13) % (uint32_t)stride);
 }
 
+// Where keys lie: in order, or in the pages of a table.
+struct Pages {
+  const int* table;        // or null
+  int size, step;          // slots of a page; between entries of the table
+  __device__ __forceinline__ int64_t slot(int key) const {
+    return table ? (int64_t)table[(int64_t)(key / size) * step] * size + key % size : key;
+  }
+};
+
 // Puts the 16-byte chunks of all keys, and of the sampled ones, where the swizzle of shared memory wants them.
-__global__ void arrange_kernel(const uint8_t* keys, const float* scales, int num_keys, int stride, uint8_t* arranged,
-                               float* arranged_scales, uint8_t* sample, float* sample_scales) {
+__global__ void arrange_kernel(const uint8_t* keys, const float* scales, const Pages pages, int num_keys, int stride,
+                               uint8_t* arranged, float* arranged_scales, uint8_t* sample, float* sample_scales) {
   const int64_t piece = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   const int row = (int)(piece >> 2), chunk = (int)piece & 3, num_sampled = num_keys / stride;
   if (row >= num_keys + num_sampled) return;
   const bool is_sample = row >= num_keys;
-  const int to = is_sample ? row - num_keys : row, from = is_sample ? sampled_key(to, stride) : row;
+  const int to = is_sample ? row - num_keys : row;
+  const int64_t from = pages.slot(is_sample ? sampled_key(to, stride) : row);
   uint8_t* out = (is_sample ? sample : arranged) + (int64_t)to * kWidth + ((chunk ^ ((to >> 1) & 3)) << 4);
-  *reinterpret_cast<int4*>(out) = *reinterpret_cast<const int4*>(keys + (int64_t)from * kWidth + chunk * 16);
+  *reinterpret_cast<int4*>(out) = *reinterpret_cast<const int4*>(keys + from * kWidth + chunk * 16);
   if (chunk == 0) (is_sample ? sample_scales : arranged_scales)[to] = scales[from];
 }
 
@@ -472,8 +506,10 @@ __global__ void arrange_kernel(const uint8_t* keys, const float* scales, int num
 __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constant__ Arguments a) {
   uint32_t counted = 0;
   for (int i = threadIdx.x; i < kGroups * kBins; i += kThreads) shared.group[i / kBins].bins[i % kBins] = 0;
+  if (threadIdx.x < kParts * kStages) (&shared.num_left[0][0])[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kGroups * kStages; ++i)
+    shared.is_one_full = 0;
+    for (int i = 0; i < kParts * kStages; ++i)
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&shared.arrived[0][0] + i)) : "memory");
     publish_to_wgmma();
   }
@@ -482,7 +518,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
     const int tile = a.num_tiles - 1 - number;
     uint8_t* lists = a.lists + tile * kTile * kListBytes;
     load_queries(a, a.first_tile + tile);
-    if (threadIdx.x == 0) set_bounds(a.num_keys);
+    if (threadIdx.x < 32) set_bounds(a.num_keys);
     if (threadIdx.x < kTile) {
       // A row that takes no part is closed by a threshold that no score compares with.
       const float threshold = a.is_sample ? -__int_as_float(0x7f800000) : a.thresholds[tile * kTile + threadIdx.x];
@@ -491,7 +527,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
     for (int i = threadIdx.x; i < kTile * kStrands; i += kThreads) shared.count[i / kStrands][i % kStrands] = 0;
     __syncthreads();
     const int begin = shared.begin & ~7, num_stages = max(0, (shared.end - begin + kStageKeys - 1) / kStageKeys);
-    // Keys that not every row sees stand at both ends; of the sample only what every row sees is taken, in whole stages.
+    // Keys that not every row sees stand at both ends; the sample is taken in whole stages.
     int from = min(num_stages, (shared.all_from - begin + kStageKeys - 1) / kStageKeys);
     int to = max(from, (shared.all_to + 1 - begin) / kStageKeys);
     Pass pass{a.keys, a.scales, begin, begin};
@@ -499,7 +535,9 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const __grid_constan
       const int first = (shared.all_from + a.stride - 1) / a.stride + 7 & ~7;
       pass = Pass{a.sample, a.sample_scales, first, 0};
       from = 0;
-      to = max(0, (shared.all_to + 1) / a.stride - first) / kStageKeys;
+      // To the nearest stage, even where it ends behind what the rows see: only speed depends on the sample.
+      const int num_seen = max(0, (shared.all_to + 1) / a.stride - first);
+      to = min((num_seen + kStageKeys / 2) / kStageKeys, max(0, a.num_keys / a.stride - first) / kStageKeys);
       if (to * kStageKeys <= a.sample_rank) to = 0;
     }
     begin_pass(pass);
@@ -586,11 +624,11 @@ int64_t indexer_select_arranged_bytes(int num_keys) {
   return ((int64_t)num_keys + num_keys / sample_stride(num_keys) + 2 * kPadding + 4) * (kWidth + 4);
 }
 
-// Selects the k best keys of every query. All pointers are on the device and aligned to 16 bytes; `tiles` holds tiles_at_once
-// times the scratch bytes of a tile.
+// Selects the k best keys of every query. All pointers are on the device, queries, keys and scratch aligned to 16 bytes; `tiles`
+// holds tiles_at_once times the scratch bytes of a tile. Keys are in order, or where page_table is not null in its pages.
 int indexer_select(const void* query, const float* gates, const void* keys, const float* scales, const void* first,
-                   const void* last, int are_wide, int num_queries, int num_keys, int k, int* out, void* arranged, void* tiles,
-                   int tiles_at_once, int num_multiprocessors, cudaStream_t stream) {
+                   const void* last, const int* page_table, int are_wide, int page_size, int table_step, int num_queries,
+                   int num_keys, int k, int* out, void* arranged, void* tiles, int tiles_at_once, int num_multiprocessors, cudaStream_t stream) {
   const int stride = sample_stride(num_keys), num_sampled = num_keys / stride, bytes = sizeof(Shared);
   const cudaError_t error = cudaFuncSetAttribute(score_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return (int)error;
@@ -600,10 +638,11 @@ int indexer_select(const void* query, const float* gates, const void* keys, cons
   float* arranged_scales = sample_scales + (num_sampled + kPadding + 3) / 4 * 4;
   const int64_t num_pieces = ((int64_t)num_keys + num_sampled) * 4;
   arrange_kernel<<<(unsigned)((num_pieces + 255) / 256), 256, 0, stream>>>(
-      (const uint8_t*)keys, scales, num_keys, stride, arranged_keys, arranged_scales, sample, sample_scales);
-  // The threshold lies six standard deviations of the sample below the score that k keys are expected to reach.
+      (const uint8_t*)keys, scales, Pages{page_table, page_size, table_step}, num_keys, stride, arranged_keys, arranged_scales,
+      sample, sample_scales);
+  // The threshold lies five standard deviations of the sample below the score that k keys are expected to reach.
   const float expected = (float)k / stride;
-  const int sample_rank = (int)(expected + 6.0f * sqrtf(expected) + 4.0f);
+  const int sample_rank = (int)(expected + 5.0f * sqrtf(expected) + 4.0f);
   uint8_t* counts = (uint8_t*)tiles + tiles_at_once * kTile * kListBytes;
   Arguments arguments{(const uint8_t*)query, gates, arranged_keys, arranged_scales, sample, sample_scales, stride, sample_rank, 0,
                       first, last, are_wide, num_queries, num_keys, k, out, 0, 0, (uint8_t*)tiles, counts,

@@ -14,6 +14,7 @@ from torch import Tensor
 from openkeye.kernels.build import check_launch, cuda_library
 from openkeye.kernels.index_scores import check_supported, index_scores
 from openkeye.kernels.quantize import quantize_vectors
+from openkeye.kernels.reference import in_page_order
 from openkeye.kernels.top_k import top_k_positions
 
 SCRATCH_BYTES = 256 << 20
@@ -32,14 +33,19 @@ def indexer_select(
     max_scratch_bytes: int | None = None,
     first_keys_T: Tensor | None = None,
     key_scales_S: Tensor | None = None,
+    page_table_P: Tensor | None = None,
+    page_size: int = 64,
 ) -> Tensor:
     """See `reference.indexer_select`; the host waits for nothing.
 
-    Keys of a paged context are gathered into one tensor first: 64 bytes a token in e4m3. Scratch is 256 MiB unless said.
+    The fused kernel reads pages where it arranges the keys; for the others keys of a paged context are gathered first. Scratch
+    is 256 MiB unless said.
 
     Raises:
-        ValueError: shapes or dtypes that no kernel serves.
+        ValueError: shapes or dtypes that no kernel serves, or a page table that does not fit the cache.
     """
+    if page_table_P is not None:
+        _check_pages(key_SI, page_table_P, page_size)
     if key_scales_S is not None and query_TJI.dtype != torch.float8_e4m3fn:
         query_TJI, query_scales_TJ = quantize_vectors(query_TJI)
         gates_TJ = gates_TJ * query_scales_TJ
@@ -48,7 +54,10 @@ def indexer_select(
     if key_scales_S is not None and query_TJI.shape[1:] == (FUSED_HEADS, FUSED_WIDTH):
         library = _fused_library()
         if library is not None and k <= library.indexer_select_max_k():
-            return _select_fused(library, query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
+            bounds = (query_positions_T, budget, first_keys_T)
+            return _select_fused(library, query_TJI, gates_TJ, key_SI, k, *bounds, key_scales_S, page_table_P, page_size)
+    if page_table_P is not None:
+        key_SI, key_scales_S = in_page_order(key_SI, key_scales_S, page_table_P, page_size)
     return select_by_slabs(query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
 
 
@@ -84,7 +93,8 @@ def _fused_library() -> ctypes.CDLL | None:
     library = cuda_library("indexer_select")
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        library.indexer_select.argtypes = [pointer] * 6 + [number] * 4 + [pointer] * 3 + [number] * 2 + [pointer]
+        tensors, sizes = [pointer] * 7, [number] * 6
+        library.indexer_select.argtypes = [*tensors, *sizes, *[pointer] * 3, *[number] * 2, pointer]
         library.indexer_select_tile_bytes.restype = ctypes.c_int64
         library.indexer_select_arranged_bytes.restype = ctypes.c_int64
     return library
@@ -100,7 +110,10 @@ def _select_fused(
     max_scratch_bytes: int,
     first_keys_T: Tensor | None,
     key_scales_S: Tensor | None,
+    page_table_P: Tensor | None,
+    page_size: int,
 ) -> Tensor:
+    num_keys = key_SI.shape[0] if page_table_P is None else page_table_P.shape[0] * page_size
     num_queries, device = query_TJI.shape[0], key_SI.device
     indices = torch.empty(num_queries, k, dtype=torch.int32, device=device)
     if not num_queries:
@@ -115,7 +128,7 @@ def _select_fused(
     tiles_at_once = tiles_at_once // num_multiprocessors * num_multiprocessors or tiles_at_once
     tiles_at_once = min(num_tiles, tiles_at_once)
     tiles = torch.empty(tiles_at_once * tile_bytes, dtype=torch.uint8, device=device)
-    arranged = torch.empty(library.indexer_select_arranged_bytes(key_SI.shape[0]), dtype=torch.uint8, device=device)
+    arranged = torch.empty(library.indexer_select_arranged_bytes(num_keys), dtype=torch.uint8, device=device)
     query, gates, key, scales = (x.contiguous() for x in (query_TJI, gates_TJ.float(), key_SI, key_scales_S))
     with torch.cuda.device(device):
         status = library.indexer_select(
@@ -125,9 +138,12 @@ def _select_fused(
             scales.data_ptr(),
             None if first is None else first.data_ptr(),
             last.data_ptr(),
+            None if page_table_P is None else page_table_P.data_ptr(),
             int(last.dtype == torch.int64),
+            page_size,
+            0 if page_table_P is None else page_table_P.stride(0),
             num_queries,
-            key.shape[0],
+            num_keys,
             k,
             indices.data_ptr(),
             arranged.data_ptr(),
@@ -138,6 +154,15 @@ def _select_fused(
         )
     check_launch(status, "indexer_select")
     return indices
+
+
+def _check_pages(key_SI: Tensor, page_table_P: Tensor, page_size: int) -> None:
+    is_whole = page_size > 0 and key_SI.shape[0] % page_size == 0
+    if page_table_P.dtype != torch.int32 or page_table_P.dim() != 1 or not is_whole:
+        raise ValueError(
+            f"indexer_select serves one sequence's page table in int32 and caches of whole pages, got {page_table_P.dtype} of "
+            f"shape {tuple(page_table_P.shape)} and {key_SI.shape[0]} slots in pages of {page_size}"
+        )
 
 
 @functools.cache

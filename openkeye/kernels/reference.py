@@ -274,6 +274,15 @@ def indexer_decode(
     return out_BL
 
 
+def in_page_order(
+    key_SI: Tensor, key_scales_S: Tensor | None, page_table_P: Tensor, page_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Keys and scales of a sequence's pages, one page after the other, out of all slots of a cache."""
+    pages = page_table_P.long()
+    keys = key_SI.unflatten(0, (-1, page_size))[pages].flatten(0, 1)
+    return keys, None if key_scales_S is None else key_scales_S.unflatten(0, (-1, page_size))[pages].flatten()
+
+
 def indexer_select(
     query_TJI: Tensor,
     gates_TJ: Tensor,
@@ -283,6 +292,8 @@ def indexer_select(
     max_scratch_bytes: int | None = None,
     first_keys_T: Tensor | None = None,
     key_scales_S: Tensor | None = None,
+    page_table_P: Tensor | None = None,
+    page_size: int = 64,
 ) -> Tensor:
     """Positions each query attends to: the k largest `index_scores` with first key t <= s <= position t.
 
@@ -294,10 +305,14 @@ def indexer_select(
         max_scratch_bytes: bound on the scores that stand in memory at a time (at least one query's); None: by device.
         first_keys_T: where each query's document begins among the packed keys; None: at 0.
         key_scales_S: float32, of keys in e4m3 (`index_scores`).
+        page_table_P: int32, the page of every page_size positions of one sequence, each a page of the cache; keys and scales
+            are then all slots of the cache, and positions those of the sequence. None: keys are in order.
 
     Returns:
         [T, k] int32 into 0..S-1, ascending, -1 pads.
     """
+    if page_table_P is not None:
+        key_SI, key_scales_S = in_page_order(key_SI, key_scales_S, page_table_P, page_size)
     num_queries, num_heads, _ = query_TJI.shape
     num_keys = key_SI.shape[0]
     device = key_SI.device

@@ -9,18 +9,18 @@
 
 namespace {
 
-constexpr int kGroups = 3;                 // warpgroups
+constexpr int kParts = 2;                   // of a list: warpgroups that meet a row's scores
 constexpr int kGroupThreads = 128;
 constexpr int kGroupWarps = kGroupThreads / 32;
-constexpr int kOwners = 32;                // strands of a row's list in each warpgroup
-constexpr int kStrands = kGroups * kOwners;
-constexpr int kSlots = 80;                 // entries of a strand
+constexpr int kOwners = 32;                // strands of a part
+constexpr int kStrands = kParts * kOwners;
+constexpr int kSlots = 120;                // entries of a strand
 constexpr int kSlotBytes = kOwners * 8;    // between the entries of a strand: a warp reads 32 strands at once
-constexpr int64_t kListBytes = (int64_t)kGroups * kSlots * kSlotBytes;
+constexpr int64_t kListBytes = (int64_t)kParts * kSlots * kSlotBytes;
 constexpr int kBins = 2048;
 constexpr int kTies = 128;                 // entries of a bin that are ranked by comparing all pairs
 constexpr int kWindow = 131072;            // positions of the bitmap that sorts a selection
-constexpr int kMaxK = 3456;                // less than half of what a list holds, so that a pruned one has room again
+constexpr int kMaxK = 3328;                // less than half of what a list holds, so that a pruned one has room again
 
 // What a warpgroup needs to select from a list.
 struct GroupScratch {
@@ -51,7 +51,7 @@ __device__ __forceinline__ float from_ordered(uint32_t bits) {
 // A row's list as a lane sees it: where it is, how many entries the lane's strands have, and the longest and the sum of all.
 struct List {
   const uint8_t* entries;
-  int counts[kGroups];
+  int counts[kParts];
   int longest, total;
 };
 
@@ -60,7 +60,7 @@ __device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t*
   list.entries = entries;
   int most = 0, sum = 0;
 #pragma unroll
-  for (int from = 0; from < kGroups; ++from) {
+  for (int from = 0; from < kParts; ++from) {
     list.counts[from] = counts[from * kOwners + (threadIdx.x & 31)];
     most = max(most, list.counts[from]);
     sum += list.counts[from];
@@ -75,10 +75,10 @@ __device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t*
 template <int kMostSlots>
 struct Entries {
   static constexpr int kEach = kMostSlots / kGroupWarps;
-  uint32_t scores[kGroups][kEach], complements[kGroups][kEach];
+  uint32_t scores[kParts][kEach], complements[kParts][kEach];
   __device__ __forceinline__ Entries(const List& list, int thread) {
 #pragma unroll
-    for (int from = 0; from < kGroups; ++from) {
+    for (int from = 0; from < kParts; ++from) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int slot = i * kGroupWarps + (thread >> 5);
@@ -95,7 +95,7 @@ struct Entries {
   template <typename Visit>
   __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll
-    for (int from = 0; from < kGroups; ++from)
+    for (int from = 0; from < kParts; ++from)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
         if (scores[from][i]) visit(scores[from][i], complements[from][i]);

@@ -60,6 +60,39 @@ def test_packed_documents_never_see_each_other(device):
         assert torch.equal(torch.where(alone < 0, -1, alone + start), picked[part])
 
 
+def paged(key: Tensor, scales: Tensor | None, page_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The keys in pages in disorder, NaN in every slot that is not theirs, and their page table."""
+    num_keys = key.shape[0]
+    num_pages = -(-num_keys // page_size)
+    pages = torch.randperm(num_pages + 3, generator=torch.Generator().manual_seed(1))[:num_pages].to(key.device)
+    slots = (pages[:, None] * page_size + torch.arange(page_size, device=key.device)).flatten()[:num_keys]
+    cache = torch.full(((num_pages + 3) * page_size, key.shape[1]), float("nan"), device=key.device).to(key.dtype)
+    cache[slots] = key
+    if scales is not None:
+        scales = torch.full((cache.shape[0],), float("nan"), device=key.device).index_copy(0, slots, scales)
+    return cache, scales, pages.int()
+
+
+@pytest.mark.parametrize("is_e4m3", [False, True])
+def test_a_paged_context_selects_as_one_in_order(device, is_e4m3):
+    query, gates, key = draw_case(33, 150, 4, 16, device)
+    key, scales = quantize_vectors(key) if is_e4m3 else (key, None)
+    positions = torch.arange(117, 150, device=device)
+    in_order = indexer_select(query, gates, key, 16, positions, None, None, scales)
+    cache, cache_scales, table = paged(key, scales, 16)
+    picked = indexer_select(query, gates, cache, 16, positions, None, None, cache_scales, table, 16)
+    assert torch.equal(picked, in_order)
+    assert_same_selection(picked, query, gates, key, 16, positions, None, scales)
+
+
+def test_page_tables_that_do_not_fit_are_refused(device):
+    query, gates, key = draw_case(2, 48, 4, 16, device)
+    positions, table = torch.arange(2, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    for pages, page_size, message in ((table.long(), 16, "got torch.int64"), (table, 36, "48 slots in pages of 36")):
+        with pytest.raises(ValueError, match=message):
+            indexer_select(query, gates, key, 2, positions, page_table_P=pages, page_size=page_size)
+
+
 def test_plateaus_of_zeros_take_the_smaller_positions(device):
     query, gates, key = draw_case(20, 100, 4, 16, device)
     picked = indexer_select(query, torch.zeros_like(gates), key, 9, torch.arange(80, 100, device=device))
@@ -109,6 +142,16 @@ class TestFused:
         positions = torch.arange(num_keys - num_queries, num_keys, device="cuda")
         picked = indexer_select(query, gates, key, k, positions, None, None, scales)
         assert_same_selection(picked, query, gates, key, k, positions, None, scales, E4M3_ROUNDING)
+
+    @pytest.mark.parametrize("page_size", [64, 48])
+    def test_a_paged_context_selects_as_one_in_order(self, page_size):
+        query, gates, key = draw_case(50, 20_011, 16, 64, "cuda")
+        key, scales = quantize_vectors(key)
+        positions = torch.arange(20_011 - 50, 20_011, device="cuda")
+        in_order = indexer_select(query, gates, key, 2048, positions, None, None, scales)
+        cache, cache_scales, table = paged(key, scales, page_size)
+        picked = indexer_select(query, gates, cache, 2048, positions, None, None, cache_scales, table, page_size)
+        assert torch.equal(picked, in_order)
 
     def test_packed_documents(self):
         lengths = torch.tensor([2000, 30, 20_000, 5, 9000])
