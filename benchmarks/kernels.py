@@ -1,6 +1,6 @@
 """Times every kernel at the 30B shape beside torch's own best, and says what share of the hardware's floor it reaches.
 
-    python -m benchmarks.kernels [--only prefill decode learning parts quality] [--check-only] [--out FILE]
+    python -m benchmarks.kernels [--only prefill unions decode learning parts quality] [--check-only] [--out FILE]
 
 One layer: 32 query and 4 KV heads of 128, indexer of 16 heads of 64, k 2,048. Nothing is timed before its result has been
 compared with the plain twin, on sampled rows where the twin is slow; a line whose check fails is not printed, and the exit
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decode, learning, parts, prefill, quality
+from benchmarks import decode, learning, parts, prefill, quality, union_sizes
 from benchmarks.inputs import FULL, REHEARSAL, TINY, Sizes
 from benchmarks.measure import FAILURES, Ceilings, Report
 from benchmarks.rehearsal import header, rehearse
 
 GROUPS = {
     "prefill": prefill.run,
+    "unions": union_sizes.run,
     "decode": decode.run,
     "learning": learning.run,
     "parts": parts.run,

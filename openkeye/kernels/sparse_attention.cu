@@ -374,9 +374,9 @@ struct Rows {
   __device__ __forceinline__ long long place(int row) const { return first + row / kHeads * stride + row % kHeads; }
 };
 
-// Multiplies one warpgroup's 64 rows. kTakesTurns: the two warpgroups start their products one after the other, so that one's
-// softmax falls into the other's products.
-template <int kWidth, bool kIsHalf, bool kTakesTurns>
+// Multiplies one warpgroup's 64 rows. The two warpgroups start their products one after the other, so that one's softmax falls
+// into the other's products.
+template <int kWidth, bool kIsHalf>
 __device__ __forceinline__ void attend(const Arguments& in, Shared<kWidth>& shared, int consumer) {
   constexpr int kChunks = kWidth / 8;
   constexpr int kAtOnce = 32 / kChunks;
@@ -452,7 +452,7 @@ __device__ __forceinline__ void attend(const Arguments& in, Shared<kWidth>& shar
     for (int i = 0; i < 32; ++i) weights[i] = pack<kIsHalf>(scores[2 * i], scores[2 * i + 1]);
   };
 
-  if (kTakesTurns && consumer == 1) announce(kTurnBarrier, 2 * kGroupThreads);
+  if (consumer == 1) announce(kTurnBarrier, 2 * kGroupThreads);
   fetch_query(blockIdx.x);
   for (int work = blockIdx.x; work < in.num_work; work += gridDim.x) {
     const int count = in.union_counts[work % in.num_tiles];
@@ -485,11 +485,11 @@ __device__ __forceinline__ void attend(const Arguments& in, Shared<kWidth>& shar
         wait_for_values();
         weigh(moves, start > kBlock);
         fence_for_products();
-        if (kTakesTurns) sync_threads(kTurnBarrier + consumer, 2 * kGroupThreads);
+        sync_threads(kTurnBarrier + consumer, 2 * kGroupThreads);
         begin_products();
         start_scores();
         start_values();
-        if (kTakesTurns) announce(kTurnBarrier + (consumer ^ 1), 2 * kGroupThreads);
+        announce(kTurnBarrier + (consumer ^ 1), 2 * kGroupThreads);
         wait_for_products<1>();
         pin(scores);
         leave(shared.key_free, key_place);
@@ -544,7 +544,7 @@ __device__ __forceinline__ void attend(const Arguments& in, Shared<kWidth>& shar
   }
 }
 
-template <int kWidth, bool kIsHalf, bool kTakesTurns>
+template <int kWidth, bool kIsHalf>
 __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __grid_constant__ Arguments in) {
   extern __shared__ uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kWidth>*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
@@ -563,13 +563,13 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
     gather<kWidth>(in, shared);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-    attend<kWidth, kIsHalf, kTakesTurns>(in, shared, threadIdx.x / kGroupThreads - 1);
+    attend<kWidth, kIsHalf>(in, shared, threadIdx.x / kGroupThreads - 1);
   }
 }
 
-template <int kWidth, bool kIsHalf, bool kTakesTurns>
+template <int kWidth, bool kIsHalf>
 cudaError_t launch(const Arguments& in, cudaStream_t stream) {
-  const auto kernel = sparse_attention_kernel<kWidth, kIsHalf, kTakesTurns>;
+  const auto kernel = sparse_attention_kernel<kWidth, kIsHalf>;
   constexpr int kBytes = sizeof(Shared<kWidth>) + 1024;
   int device, num_processors;
   cudaError_t status = cudaGetDevice(&device);
@@ -580,11 +580,6 @@ cudaError_t launch(const Arguments& in, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kWidth, bool kIsHalf>
-cudaError_t launch(const Arguments& in, bool takes_turns, cudaStream_t stream) {
-  return takes_turns ? launch<kWidth, kIsHalf, true>(in, stream) : launch<kWidth, kIsHalf, false>(in, stream);
-}
-
 }  // namespace
 
 // Strides in bytes, each a multiple of 16, as all addresses are; scale_log2 above zero; see `Arguments` for the rest.
@@ -592,7 +587,7 @@ extern "C" int sparse_attention_forward(
     const void* query, const void* key, const void* value, const int* union_keys, const int* union_masks,
     const int* union_counts, const int* page_table, const int* sequences, void* output, float* lse, long long key_row,
     long long key_group, long long value_row, long long value_group, int num_queries, int num_heads, int num_groups, int width,
-    int is_half, int room, int most, int table_row, int page_shift, float scale_log2, int takes_turns, cudaStream_t stream) {
+    int is_half, int room, int most, int table_row, int page_shift, float scale_log2, cudaStream_t stream) {
   Arguments in{};
   in.query = static_cast<const uint8_t*>(query);
   in.key = static_cast<const uint8_t*>(key);
@@ -609,8 +604,7 @@ extern "C" int sparse_attention_forward(
   in.room = room, in.most = most, in.table_row = table_row, in.page_shift = page_shift, in.scale_log2 = scale_log2;
   if (in.num_work == 0) return cudaSuccess;
   if (key_row > INT32_MAX || value_row > INT32_MAX) return cudaErrorInvalidValue;
-  const bool turns = takes_turns != 0;
-  if (width == 128) return is_half ? launch<128, true>(in, turns, stream) : launch<128, false>(in, turns, stream);
-  if (width == 64) return is_half ? launch<64, true>(in, turns, stream) : launch<64, false>(in, turns, stream);
+  if (width == 128) return is_half ? launch<128, true>(in, stream) : launch<128, false>(in, stream);
+  if (width == 64) return is_half ? launch<64, true>(in, stream) : launch<64, false>(in, stream);
   return cudaErrorInvalidValue;
 }

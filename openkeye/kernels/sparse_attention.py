@@ -26,8 +26,9 @@ MAX_HEADS = 8
 # of a group in one program: with 16 queries they fill the matrix unit's 128 rows
 CUDA_LEAST_GROUP = 4
 # The CUDA kernel's programs have 8 heads; smaller groups leave rows of them empty.
-CUDA_SHARE, TRITON_SHARE = 0.5, 0.4
-# of 16 K: the union's size up to which one fetch for all 16 queries costs less than 16 gathers of K keys
+CUDA_SHARE, TRITON_SHARE = 0.66, 0.37
+# of 16 K: the union's size up to which one fetch for all 16 queries costs less than 16 gathers of K keys, as
+# `python -m benchmarks.kernels --only unions` shows it on an H100 (22,000 and 12,300 keys of 32,768)
 ALONE_ROWS = 16
 ALONE_QUERIES = 4
 # of one program, one after the other: where unions serve, few programs have to start to find nothing to do
@@ -192,7 +193,7 @@ def can_serve_in_cuda(call: Call) -> bool:
     )
 
 
-def attend_unions_in_cuda(library: ctypes.CDLL, call: Call, share: float, takes_turns: bool = True) -> None:
+def attend_unions_in_cuda(library: ctypes.CDLL, call: Call, share: float) -> None:
     """Fills output and lse of the tiles whose unions have at most `call.most(share)` keys."""
     num_queries, num_heads, width = call.query_THD.shape
     table = call.page_table_BP
@@ -224,7 +225,6 @@ def attend_unions_in_cuda(library: ctypes.CDLL, call: Call, share: float, takes_
         *(ctypes.c_longlong(stride * call.key_SGD.element_size()) for stride in call.strides),
         *(ctypes.c_int(number) for number in numbers),
         ctypes.c_float(call.scale_log2),
-        ctypes.c_int(takes_turns),
         ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
     )
     check_launch(status, "sparse_attention")
