@@ -65,13 +65,14 @@ class Pool:
     def requests(self, batch: int) -> list[Requests]:
         """Enough requests that the L2 forgets the first ones' caches before they come again."""
         sizes, device = self.sizes, self.device
-        num_bytes = batch * (self.context * (sizes.index_width + 8) + 4 * sizes.top_k * sizes.groups * sizes.width)
+        num_picked = min(sizes.top_k, self.context)
+        num_bytes = batch * (self.context * (sizes.index_width + 8) + 4 * num_picked * sizes.groups * sizes.width)
         count = min(max(sizes.batches) // batch, int(3 * L2_BYTES / num_bytes) + 1)
         lengths = torch.full((batch,), self.context, dtype=torch.int32, device=device)
         made = []
         for first in range(0, count * batch, batch):
             order = torch.rand(batch, self.context, device=device, generator=self.generator)
-            lists = order.topk(sizes.top_k, dim=1).indices.sort(dim=1).values.int()
+            lists = order.topk(num_picked, dim=1).indices.sort(dim=1).values.int()
             query = self.draw(batch, sizes.heads, sizes.width)
             index_query = self.draw(batch, sizes.index_heads, sizes.index_width)
             gates = self.draw(batch, sizes.index_heads).float() * sizes.index_width**-0.5

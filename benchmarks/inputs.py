@@ -11,6 +11,9 @@ UNION_RATIOS = {16: 2.441, 32: 3.167, 64: 4.009, 128: 4.968}
 # Distinct keys of 16 neighbours' lists in lengths of one list, by the context in the same unit: 4,999, 6,485, 8,211 and 10,174
 # keys of 2,048 at 32K, 64K, 128K and 256K, as the report gives them for the trained indexer.
 
+LIST_BLOCK = 512
+# queries of `causal_lists` that share a range of keys to draw from
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -147,6 +150,22 @@ def pooled_lists(shape: Shape, device: str, seed: int = 0, union_keys: int | Non
         chosen = torch.rand(count, size, generator=generator, device=device).argsort(dim=1)[:, : shape.top_k]
         lists.append(pool[chosen].sort(dim=1).values)
     return torch.cat(lists).int()
+
+
+def causal_lists(shape: Shape, device: str) -> Tensor:
+    """Lists [T, K] of queries that may lie among the first of the keys: all they see up to K, then lists out of pools.
+
+    Pools are drawn anew every LIST_BLOCK queries, from the keys before those.
+    """
+    first = shape.num_keys - shape.num_queries
+    num_short = min(max(shape.top_k - first, 0), shape.num_queries)
+    everything = torch.arange(shape.top_k, device=device, dtype=torch.int32).expand(num_short, -1)
+    positions = torch.arange(first, first + num_short, device=device)[:, None]
+    lists = [everything.masked_fill(everything > positions, -1)]
+    for start in range(first + num_short, shape.num_keys, LIST_BLOCK):
+        end = min(start + LIST_BLOCK, shape.num_keys)
+        lists.append(pooled_lists(Shape(end, end - start, shape.top_k), device, seed=start))
+    return torch.cat(lists)
 
 
 def uniform_lists(shape: Shape, device: str, seed: int = 0) -> Tensor:

@@ -178,6 +178,13 @@ class Report:
 
     def case(self, case: Case) -> float | None:
         """Checks, times and prints one case; its milliseconds, None where it was not timed."""
+        milliseconds = self.measure(case)
+        if milliseconds is not None:
+            self.say(self._row(case, milliseconds))
+        return milliseconds
+
+    def measure(self, case: Case) -> float | None:
+        """`case` without its line, for tables of other columns."""
         self.num_cases += 1
         # In Triton's interpreter nothing is in CUDA C++ anyway.
         if (case.is_triton and self.device == "cpu") or (self.mode == "rehearse" and not self._is_mine()):
@@ -192,12 +199,10 @@ class Report:
                 if self.mode == "check":
                     self.say(f"{name}: agrees with its twin")
                     return None
-                milliseconds = self.time_graph(case.runs) if case.is_captured else self.time(case.runs[0])
+                return self.time_graph(case.runs) if case.is_captured else self.time(case.runs[0])
         except FAILURES as error:
             self.fail(name, error)
             return None
-        self.say(self._row(case, milliseconds))
-        return milliseconds
 
     def fail(self, name: str, error: Exception) -> None:
         """A line that is not printed; the reason stands below all tables."""
@@ -259,13 +264,13 @@ class Report:
     def _row(self, case: Case, milliseconds: float) -> str:
         scale, floor = (1e3 if self.is_microseconds else 1.0), case.floor
         floor = case.work.floor(self.ceilings) if floor is None else floor
-        cells = [case.operation, case.shape, _figure(scale * milliseconds), case.work.rate(milliseconds)]
-        cells += [_figure(scale * floor), f"{floor / milliseconds:.0%}"] if floor else ["", ""]
+        cells = [case.operation, case.shape, figure(scale * milliseconds), case.work.rate(milliseconds)]
+        cells += [figure(scale * floor), f"{floor / milliseconds:.0%}"] if floor else ["", ""]
         cells += ["", "", ""] if case.peer is None else _peer_cells(case.peer, scale, milliseconds)
         goals = []
         if case.goal is not None:
             word = "met" if milliseconds <= case.goal else "MISSED"
-            goals.append(f"at most {_figure(scale * case.goal)}: {word}")
+            goals.append(f"at most {figure(scale * case.goal)}: {word}")
         if case.goal_tflops is not None:
             rate = (case.work.flops + case.work.fp8_flops) / milliseconds * 1e-9
             goals.append(f"at least {case.goal_tflops:.0f} TFLOP/s: {'met' if rate >= case.goal_tflops else 'MISSED'}")
@@ -275,10 +280,10 @@ class Report:
 def _peer_cells(peer: Peer, scale: float, milliseconds: float) -> list[str]:
     if peer.milliseconds != peer.milliseconds:
         return [peer.name, "", ""]
-    return [peer.name, _figure(scale * peer.milliseconds), f"{peer.milliseconds / milliseconds:.2f}"]
+    return [peer.name, figure(scale * peer.milliseconds), f"{peer.milliseconds / milliseconds:.2f}"]
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three digits at least."""
     return (
         f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"

@@ -46,8 +46,9 @@ class Inputs:
         return self.query.shape[2] ** -0.5
 
 
-def make_inputs(sizes: Sizes, num_keys: int, device: str) -> Inputs:
-    shape = Shape(num_keys, min(sizes.num_queries, num_keys // 2), sizes.top_k)
+def make_inputs(sizes: Sizes, num_keys: int, device: str, num_queries: int | None = None) -> Inputs:
+    """Random tensors of the last num_queries of a context; None: as many as the sizes say, up to half of it."""
+    shape = Shape(num_keys, num_queries or min(sizes.num_queries, num_keys // 2), sizes.top_k)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     index_key = draw(device, dtype, num_keys, sizes.index_width, seed=6)
     return Inputs(

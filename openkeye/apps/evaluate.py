@@ -133,6 +133,7 @@ def _report(arguments: argparse.Namespace, records: list[dict[str, Any]], modes:
         "tier": arguments.tier,
         "fps": arguments.fps,
         "attention": arguments.attention,
+        "dense_up_to": arguments.dense_up_to,
     }
     return report
 

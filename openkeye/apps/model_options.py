@@ -15,6 +15,13 @@ def add_model_options(parser: argparse.ArgumentParser, attention: tuple[str, ...
     parser.add_argument("--model", default="openkeye-tiny", metavar="DIR", help="openkeye-tiny or a checkpoint folder")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--attention", choices=attention, default="sparse", help="sparse as trained, or dense")
+    parser.add_argument(
+        "--dense-up-to",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of sparse attention: the first N tokens of a sequence see all keys before them (default: the model's top-k)",
+    )
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +51,14 @@ def sampling_from(arguments: argparse.Namespace) -> "SamplingParameters":
 
 
 def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> "Engine":
-    """The engine that the model options describe; InputError for a device that is not there."""
+    """The engine that the model options describe; InputError for a device that is not there and options that make no sense."""
     import torch
 
+    from openkeye.engine.config import EngineConfig
     from openkeye.engine.loop import Engine
 
+    if arguments.dense_up_to is not None and arguments.dense_up_to < 0:
+        raise InputError(f"--dense-up-to is {arguments.dense_up_to}; give a number of tokens from 0 on")
     if arguments.device is not None:
         try:
             device = torch.device(arguments.device)
@@ -56,4 +66,5 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
             raise InputError(f"device {arguments.device!r} is unknown; give cpu or cuda") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
-    return Engine(arguments.model, arguments.device, attention=attention or arguments.attention)
+    config = EngineConfig(dense_up_to=arguments.dense_up_to)
+    return Engine(arguments.model, arguments.device, attention=attention or arguments.attention, config=config)

@@ -60,11 +60,13 @@ class Batch:
 class PagedPast:
     """The past of a batch: writes new keys to their pages, selects per query over its own sequence, attends."""
 
-    def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int) -> None:
+    def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int, dense_up_to: int | None = None) -> None:
+        """dense_up_to: see `EngineConfig.dense_up_to`."""
         self.batch = batch
         self.caches = caches
         self.attention = attention
         self.top_k = top_k
+        self.dense_up_to = top_k if dense_up_to is None else dense_up_to
         self.new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
 
     @cached_property
@@ -97,24 +99,56 @@ class PagedPast:
             first += segment.count
         return torch.cat(outputs)
 
-    def _select(self, layer_index: int, segment: Segment, rows: slice, index: IndexerOutput) -> Tensor:
-        """[t, K] positions of the segment's sequence that its new tokens attend to."""
+    def _num_dense(self, segment: Segment) -> int:
+        """How many of a segment's new tokens, from its first on, attend to every key up to their own.
+
+        A token's position alone decides, so that a request's result does not depend on how it is cut into segments. Where a
+        token sees at most top_k keys, selecting would take them all: the same result, without scores.
+        """
+        if self.attention == "dense":
+            return segment.count
+        return min(max(self.dense_up_to - segment.start, 0), segment.count)
+
+    def _select(self, layer_index: int, segment: Segment, rows: slice, index: IndexerOutput, positions_T: Tensor) -> Tensor:
+        """[t, K] positions of the segment's sequence that the new tokens in these rows of the batch attend to."""
         keys_SI = self.caches.index_keys[layer_index].index_select(0, segment.slots_S)
-        return indexer_select(index.query_TJI[rows], index.gates_TJ[rows], keys_SI, self.top_k, _positions(segment))
+        return indexer_select(index.query_TJI[rows], index.gates_TJ[rows], keys_SI, self.top_k, positions_T)
 
     def _attend_segment(
         self, layer_index: int, segment: Segment, rows: slice, query_THD: Tensor, index: IndexerOutput
     ) -> Tensor:
+        """[t, H, D]: the segment's first tokens to all keys before them, those behind `_num_dense` to selected ones."""
         keys = self.caches.keys[layer_index].index_select(0, segment.slots_S)
         values = self.caches.values[layer_index].index_select(0, segment.slots_S)
-        scale = query_THD.shape[-1] ** -0.5
-        if self.attention == "dense":
-            return dense_attention(query_THD, keys, values, _positions(segment), scale)
-        indices = self._select(layer_index, segment, rows, index)
-        return sparse_attention(query_THD, keys, values, indices, scale)
+        scale, positions = query_THD.shape[-1] ** -0.5, _positions(segment)
+        num_dense = self._num_dense(segment)
+        outputs = []
+        if num_dense:
+            # Dense attention asks that the queries be the last of the keys.
+            end = segment.start + num_dense
+            outputs.append(dense_attention(query_THD[:num_dense], keys[:end], values[:end], positions[:num_dense], scale))
+        if num_dense < segment.count:
+            rest = slice(rows.start + num_dense, rows.stop)
+            indices = self._select(layer_index, segment, rest, index, positions[num_dense:])
+            outputs.append(sparse_attention(query_THD[num_dense:], keys, values, indices, scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
-        """One token a request: picked keys are read straight from the pages, the rest of the context never moves."""
+        """One token a request, [B, H, D]: from the pages, but for requests whose `dense_up_to` is more than is picked there."""
+        widened = [
+            number for number, segment in enumerate(self.batch.segments) if self.top_k <= segment.start < self.dense_up_to
+        ]
+        if len(widened) < len(self.batch.segments):
+            attended = self._decode_picked(layer_index, query_THD, index)
+        else:
+            attended = torch.empty_like(query_THD)
+        for number in widened:
+            row = slice(number, number + 1)
+            attended[row] = self._attend_segment(layer_index, self.batch.segments[number], row, query_THD[row], index)
+        return attended
+
+    def _decode_picked(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
+        """Picked keys are read straight from the pages, the rest of the context never moves."""
         keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
         scale = query_THD.shape[-1] ** -0.5
         if can_decode_in_pages(query_THD, index.query_TJI, keys, self.top_k, self.caches.page_size):
@@ -122,7 +156,7 @@ class PagedPast:
             return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale)
         picked = []
         for number, segment in enumerate(self.batch.segments):
-            indices = self._select(layer_index, segment, slice(number, number + 1), index)
+            indices = self._select(layer_index, segment, slice(number, number + 1), index, _positions(segment))
             slots = segment.slots_S[indices.clamp_min(0).long()]
             picked.append(torch.where(indices < 0, -1, slots))
         return sparse_attention(query_THD, keys, values, torch.cat(picked), scale)

@@ -18,11 +18,19 @@ class EngineConfig:
     # encoded pictures kept for the next question
     max_batch_requests: int = 32
     # requests that decode together
+    dense_up_to: int | None = None
+    # Tokens whose sequence up to and with them has at most this many attend to all of it and not to selected keys. None: the
+    # model's top-k, up to which both are the same; more is a superset of what the model was trained to see, fewer only slower.
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "dense_up_to" and value < 1:
                 raise ValueError(f"EngineConfig.{name} is {value}; give at least 1")
+        if self.dense_up_to is not None and (type(self.dense_up_to) is not int or self.dense_up_to < 0):
+            raise ValueError(
+                f"EngineConfig.dense_up_to is {self.dense_up_to!r}; give a whole number of tokens from 0 on, or None for the "
+                "model's top-k"
+            )
         if self.cache_tokens % self.page_size:
             raise ValueError(f"cache_tokens {self.cache_tokens} must be a multiple of page_size {self.page_size}")
 

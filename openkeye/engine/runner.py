@@ -33,7 +33,8 @@ class Runner:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
-        past = PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k)
+        top_k = self.model.config.indexer.top_k
+        past = PagedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to)
         hidden = self.model(embeds, positions.to(self.device), past)
         last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
         return self.model.logits(hidden[last.to(self.device)])

@@ -8,26 +8,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.inputs import Shape, pooled_lists, uniform_lists
+from benchmarks import switch_over
+from benchmarks.inputs import Shape, causal_lists, pooled_lists, uniform_lists
 from benchmarks.measure import Case, Peer, Report, Work, compare, only_triton
 from openkeye.kernels.build import cuda_library
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_operation_is_compared_with_its_twin():
-    command = [sys.executable, "-m", "benchmarks.kernels", "--check-only"]
+def check_only(module: str) -> str:
+    """What `python -m module --check-only` prints."""
+    command = [sys.executable, "-m", module, "--check-only"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
-    agreeing = [line.split(",")[0] for line in result.stdout.splitlines() if line.endswith("agrees with its twin")]
+    return result.stdout
+
+
+def test_every_operation_is_compared_with_its_twin():
+    text = check_only("benchmarks.kernels")
+    agreeing = [line.split(",")[0] for line in text.splitlines() if line.endswith("agrees with its twin")]
     operations = {"indexer_select", "top_k", "build_unions", "sparse_attention", "select + attend", "indexer_decode"}
     operations |= {"sparse_decode", "whole step", "sparse_attention_backward", "dense_indexer_loss", "sparse_indexer_loss"}
     operations |= {"cross_entropy", "experts", "norm_rotary_write", "index_norm_rotary_write", "dense_attention"}
     assert operations == set(agreeing)
-    assert result.stdout.count("rows equal the twin's in every position") == 2
+    assert text.count("rows equal the twin's in every position") == 2
 
 
 @pytest.mark.parametrize("union_keys", [140, 300, 513, 1200])
@@ -83,3 +90,67 @@ def test_kernels_are_named_without_namespaces_and_parameters():
     assert short_name("(anonymous namespace)::score_kernel((anonymous namespace)::Arguments)") == "score_kernel"
     assert short_name("void at::native::elementwise_kernel<128, 4>(int)") == "elementwise_kernel"
     assert short_name("_quantize") == "_quantize"
+
+
+@pytest.mark.parametrize("shape", [Shape(32, 32, 64), Shape(96, 96, 64), Shape(96, 48, 64), Shape(700, 600, 64)])
+def test_causal_lists_take_all_keys_while_there_are_few(shape):
+    lists = causal_lists(shape, "cpu")
+    assert lists.shape == (shape.num_queries, shape.top_k)
+    for position, row in zip(shape.positions.tolist(), lists, strict=True):
+        taken = row[row >= 0]
+        assert taken.numel() == min(position + 1, shape.top_k) and taken[-1] <= position
+        assert (taken[1:] > taken[:-1]).all() and (row[taken.numel() :] == -1).all()
+
+
+def test_sparse_is_compared_with_dense_before_their_switch_over_is_measured():
+    lines = check_only("benchmarks.switch_over").splitlines()
+    sizes, told = switch_over.SIZES if torch.cuda.is_available() else switch_over.TINY_SIZES, ("fp8", "bf16")
+    num_shapes = len(sizes.contexts) + sum(length >= sizes.num_queries for length in sizes.contexts)
+    assert sum(line.startswith("dense by ") for line in lines) == num_shapes
+    for name in told:
+        assert sum(line.startswith(f"select + attend, {name}, ") for line in lines) == num_shapes
+        steps = [f"whole step, {name}, {batch} x {length}" for batch in sizes.batches for length in sizes.decode_contexts]
+        assert all(f"{step}: agrees with its twin" in lines for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "found"),
+    [
+        ([1.0, 2.0, 3.0], [0.5, 2.0, 2.0], 1024),
+        ([1.0, 2.0, 3.0], [0.5, 2.1, 2.0], 3072),
+        ([1.0, 2.0, 3.0], [0.5, 1.0, 3.1], None),
+        ([1.0, 2.0, 3.0], [0.5, None, 2.0], 3072),
+        ([None, 2.0, 3.0], [0.5, 1.0, 2.0], 2048),
+    ],
+)
+def test_the_switch_over_is_where_sparse_is_never_slower_again(dense, sparse, found, capsys):
+    figures = zip((1024, 2048, 3072), dense, sparse, strict=True)
+    lines = [switch_over.Line(length, "flash", its, {"fp8": ours, "bf16": 9.0}) for length, its, ours in figures]
+    assert switch_over.switch_over(lines, "fp8") == found
+    switch_over.say_table(Report("time", "cpu"), "Things", lines, is_microseconds=False)
+    printed = capsys.readouterr().out
+    where = f"{found} tokens" if found else "no measured length"
+    assert f"\nsparse is not slower from {where} on (fp8 index) / no measured length (bf16 index)\n" in printed
+    assert f"| 3072 | flash | 3.00 | {sparse[2]:.2f} | {3 / sparse[2]:.2f} | 9.00 | 0.33 |" in printed
+
+
+@pytest.mark.parametrize(("num_keys", "is_refused"), [(32, True), (96, False)])
+def test_no_figure_stands_where_sparse_attention_to_all_keys_is_not_dense(num_keys, is_refused, device, monkeypatch):
+    monkeypatch.setattr(Report, "time", lambda self, run: run() is None or 2.0)
+    attend = switch_over.dense_attention
+    monkeypatch.setattr(switch_over, "dense_attention", lambda *arguments: 1.1 * attend(*arguments))
+    report = Report("time", device)
+    line = switch_over.Prompt(report, switch_over.TINY_SIZES, num_keys, 32).line()
+    # The last 32 of 96 queries see more than k keys: nothing to hold against dense attention but its own twin.
+    assert line.dense is None and line.sparse == dict.fromkeys(("fp8", "bf16"), None if is_refused else 2.0)
+    assert ("sparse attention to all keys" in report.failures[-1]) == is_refused
+
+
+def test_no_figure_of_decoding_stands_where_the_step_over_all_keys_is_not_dense(device, monkeypatch):
+    attend = switch_over.dense_attention
+    monkeypatch.setattr(switch_over, "dense_attention", lambda *arguments: 1.1 * attend(*arguments))
+    for context, num_failures in ((64, 2), (128, 0)):
+        report = Report("check", device)
+        pool = switch_over.Pool(switch_over.TINY_SIZES, context, device)
+        switch_over.decode_line(switch_over.Decode(report, pool, 2))
+        assert len(report.failures) == num_failures and all("decoding over all keys" in told for told in report.failures)

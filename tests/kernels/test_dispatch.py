@@ -133,7 +133,7 @@ def test_what_no_kernel_serves_is_said_once_and_runs_all_the_same(on_gpu, device
 class Conversation:
     """Three requests of different lengths whose pages lie in disorder, decoding one token each."""
 
-    def __init__(self, device: str, page_size: int, attention: str = "sparse") -> None:
+    def __init__(self, device: str, page_size: int, dense_up_to: int | None = None) -> None:
         self.model = make_model_config()
         config = EngineConfig(page_size=page_size, cache_tokens=8 * 32)
         self.caches = PagedCaches(self.model, config, torch.device(device), torch.float32)
@@ -150,7 +150,7 @@ class Conversation:
             self.contexts.append(self._tokens(length, number, device))
             key, value, index = self.contexts[-1][1:]
             self.caches.write(0, slots, key, value, index.key_TI)
-        self.past = PagedPast(Batch(self.segments), self.caches, attention, TOP_K)
+        self.past = PagedPast(Batch(self.segments), self.caches, "sparse", TOP_K, dense_up_to)
 
     def _tokens(self, count: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, IndexerOutput]:
         heads, groups, width = self.model.num_attention_heads, self.model.num_key_value_heads, self.model.head_dim
@@ -164,9 +164,10 @@ class Conversation:
         query, key, value, *index = (torch.cat(column) for column in zip(*last, strict=True))
         return self.past.attend(0, query, key, value, IndexerOutput(*index))
 
-    def attend_plainly(self) -> Tensor:
+    def attend_plainly(self, attention: str = "sparse") -> Tensor:
         """The same without pages."""
-        return torch.cat([PlainPast(TOP_K).attend(0, *context)[-1:] for context in self.contexts])
+        contexts = [(*tensors, index if attention == "sparse" else None) for *tensors, index in self.contexts]
+        return torch.cat([PlainPast(TOP_K).attend(0, *context)[-1:] for context in contexts])
 
 
 def make_model_config() -> KeyeConfig:
@@ -181,6 +182,16 @@ def test_decoding_reads_the_pages_in_place(on_gpu, quiet, device, monkeypatch):
     expected = conversation.attend_plainly()
     monkeypatch.setattr("openkeye.engine.batch.indexer_select", None)
     torch.testing.assert_close(conversation.attend(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:dense_attention runs in plain PyTorch")
+def test_decoding_in_pages_leaves_the_requests_of_a_dense_limit_out(on_gpu, device, monkeypatch):
+    conversation = Conversation(device, page_size=16, dense_up_to=21)
+    sparse, dense = conversation.attend_plainly(), conversation.attend_plainly("dense")
+    monkeypatch.setattr("openkeye.engine.batch.indexer_select", None)
+    attended = conversation.attend()
+    for row, expected in enumerate((sparse, dense, sparse)):
+        torch.testing.assert_close(attended[row], expected[row], atol=1e-4, rtol=1e-4)
 
 
 def test_decoding_on_other_pages_selects_request_by_request(on_gpu, device):
