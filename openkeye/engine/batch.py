@@ -158,7 +158,7 @@ class PagedPast:
         for number, segment in enumerate(self.batch.segments):
             indices = self._select(layer_index, segment, slice(number, number + 1), index, _positions(segment))
             slots = segment.slots_S[indices.clamp_min(0).long()]
-            picked.append(torch.where(indices < 0, -1, slots))
+            picked.append(torch.where(indices < 0, -1, slots).int())
         return sparse_attention(query_THD, keys, values, torch.cat(picked), scale)
 
 

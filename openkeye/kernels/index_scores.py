@@ -16,6 +16,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 KEY_BLOCK = 128
 ROWS = 128
 # queries x heads of a program: the keys are fetched once for all of them
+LEAST_FP8_WIDTH = 32
+# that matrix units multiply in e4m3; below it float16 does, as exactly
 
 
 def check_supported(query_TJI: Tensor, key_SI: Tensor, key_scales_S: Tensor | None) -> None:
@@ -90,7 +92,7 @@ def index_scores(
         BLOCK_QUERIES=block_queries,
         KEY_BLOCK=KEY_BLOCK,
         IS_E4M3=is_e4m3,
-        HAS_FP8=is_e4m3 and has_fp8(key_SI.device),
+        HAS_FP8=is_e4m3 and has_fp8(key_SI.device) and width >= LEAST_FP8_WIDTH,
         HAS_FIRST=first_keys_T is not None,
         PRECISION="ieee" if key_SI.dtype == torch.float32 else "tf32",
         num_warps=8,

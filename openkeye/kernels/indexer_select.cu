@@ -564,7 +564,7 @@ __device__ __forceinline__ List view_row(const Arguments& a, int row) {
 }
 
 // A threshold that some k + margin keys of a row are expected to pass, from its scores of the sample; a block a row.
-__global__ void __launch_bounds__(kGroupThreads) threshold_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kGroupThreads, 7) threshold_kernel(const __grid_constant__ Arguments a) {
   const int row = blockIdx.x, thread = threadIdx.x;
   GroupScratch& scratch = selector.scratch;
   const List list = view_row(a, row);
@@ -584,7 +584,7 @@ __device__ __noinline__ void write_long_row(const List& list, int begin, int end
 }
 
 // The selection of a row from its list; rows that see at most k keys take them all. A block a row.
-__global__ void __launch_bounds__(kGroupThreads, 3) write_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kGroupThreads, 5) write_kernel(const __grid_constant__ Arguments a) {
   const int row = blockIdx.x, token = a.first_tile * kTile + row, thread = threadIdx.x;
   if (token >= a.num_queries) return;
   const int last = min(load_bound(a.last, a.are_wide, token), a.num_keys - 1);

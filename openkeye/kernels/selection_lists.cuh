@@ -70,27 +70,31 @@ __device__ __forceinline__ List view_list(const uint8_t* entries, const uint8_t*
   return list;
 }
 
-// The entries of a list in the registers of a warpgroup: scores, ordered as unsigned numbers, and complements of positions.
-// each(visit) calls visit(score, complement) for every one.
-template <int kMostSlots>
+// The entries of a list for a warpgroup: scores in its registers, ordered as unsigned numbers, and complements of positions,
+// which are read anew where they are asked for unless kHolds: half the registers, twice the warps under way. each(visit) calls
+// visit(score, complement) for every one; complement() gives the number.
+template <int kMostSlots, bool kHolds = false>
 struct Entries {
   static constexpr int kEach = kMostSlots / kGroupWarps;
-  uint32_t scores[kParts][kEach], complements[kParts][kEach];
-  __device__ __forceinline__ Entries(const List& list, int thread) {
+  const uint8_t* own;
+  uint32_t scores[kParts][kEach], complements[kParts][kHolds ? kEach : 1];
+  __device__ __forceinline__ Entries(const List& list, int thread)
+      : own(list.entries + (thread >> 5) * kSlotBytes + (thread & 31) * 8) {
 #pragma unroll
     for (int from = 0; from < kParts; ++from) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const int slot = i * kGroupWarps + (thread >> 5);
-        const uint8_t* place = list.entries + (from * kSlots + slot) * kSlotBytes + (thread & 31) * 8;
+        const bool is_there = i * kGroupWarps + (thread >> 5) < list.counts[from];
         int2 raw = make_int2(0, 0);
-        const bool is_there = slot < list.counts[from];
-        if (is_there) raw = __ldcg(reinterpret_cast<const int2*>(place));
+        if (is_there) raw = __ldcg(place(from, i));
         // No score is ordered as zero.
         scores[from][i] = is_there ? ordered(__int_as_float(raw.y)) : 0u;
-        complements[from][i] = ~(uint32_t)raw.x;
+        if (kHolds) complements[from][i] = ~(uint32_t)raw.x;
       }
     }
+  }
+  __device__ __forceinline__ const int2* place(int from, int i) const {
+    return reinterpret_cast<const int2*>(own + (from * kSlots + i * kGroupWarps) * kSlotBytes);
   }
   template <typename Visit>
   __device__ __forceinline__ void each(Visit visit) const {
@@ -98,7 +102,8 @@ struct Entries {
     for (int from = 0; from < kParts; ++from)
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
-        if (scores[from][i]) visit(scores[from][i], complements[from][i]);
+        if (scores[from][i])
+          visit(scores[from][i], [&] { return kHolds ? complements[from][i] : ~(uint32_t)__ldcg(place(from, i)).x; });
   }
 };
 
@@ -196,24 +201,25 @@ __device__ __forceinline__ Range narrow(Each each, GroupScratch& scratch, int gr
 // The few entries among which the wanted-th best lies: by their scores, and where too many are equal by their positions too.
 struct Cut {
   Range scores, complements;
-  __device__ __forceinline__ bool holds(uint32_t score, uint32_t complement) const {
-    return score >= scores.low && score <= scores.high && complement >= complements.low && complement <= complements.high;
+  __device__ __forceinline__ bool may_hold(uint32_t score) const { return score >= scores.low && score <= scores.high; }
+  __device__ __forceinline__ bool holds(uint32_t complement) const {
+    return complement >= complements.low && complement <= complements.high;
   }
 };
 
-template <int kFew, int kMostSlots>
-__device__ __forceinline__ Cut cut_list(const Entries<kMostSlots>& entries, GroupScratch& scratch, int group, int thread,
+template <int kFew, int kMostSlots, bool kHolds>
+__device__ __forceinline__ Cut cut_list(const Entries<kMostSlots, kHolds>& entries, GroupScratch& scratch, int group, int thread,
                                         int& wanted) {
   Cut cut;
   cut.scores = narrow<kFew>(
-      [&](auto visit) { entries.each([&](uint32_t score, uint32_t) { visit(score); }); }, scratch, group, thread, wanted);
+      [&](auto visit) { entries.each([&](uint32_t score, auto) { visit(score); }); }, scratch, group, thread, wanted);
   cut.complements = Range{0, ~0u, cut.scores.count};
   if (cut.scores.count > kFew) {
     const uint32_t equal = cut.scores.low;
     cut.complements = narrow<kFew>(
         [&](auto visit) {
-          entries.each([&](uint32_t score, uint32_t complement) {
-            if (score == equal) visit(complement);
+          entries.each([&](uint32_t score, auto complement) {
+            if (score == equal) visit(complement());
           });
         },
         scratch, group, thread, wanted);
@@ -229,9 +235,10 @@ __device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, Se
   int wanted = k;
   if (thread == 0) scratch.num_ties = 0;
   const Cut cut = cut_list<kTies>(entries, scratch, 0, thread, wanted);
-  entries.each([&](uint32_t score, uint32_t complement) {
-    if (cut.holds(score, complement))
-      scratch.ties[atomicAdd(&scratch.num_ties, 1)] = ((unsigned long long)score << 32) | complement;
+  entries.each([&](uint32_t score, auto complement) {
+    if (!cut.may_hold(score)) return;
+    const uint32_t its = complement();
+    if (cut.holds(its)) scratch.ties[atomicAdd(&scratch.num_ties, 1)] = ((unsigned long long)score << 32) | its;
   });
   __syncthreads();
   const int num_ties = scratch.num_ties;
@@ -245,9 +252,10 @@ __device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, Se
   const uint32_t kth_score = (uint32_t)(scratch.kth >> 32), kth_complement = (uint32_t)scratch.kth;
   int written = 0;
   for (int window = begin; window < end; window += kWindow) {
-    entries.each([&](uint32_t score, uint32_t complement) {
-      const uint32_t place = ~complement - (uint32_t)window;
-      const bool is_chosen = score > kth_score || (score == kth_score && complement >= kth_complement);
+    entries.each([&](uint32_t score, auto complement) {
+      if (score < kth_score) return;
+      const uint32_t its = complement(), place = ~its - (uint32_t)window;
+      const bool is_chosen = score > kth_score || its >= kth_complement;
       if (is_chosen && place < (uint32_t)kWindow) atomicOr(&memory.bitmap[place >> 5], 1u << (place & 31));
     });
     __syncthreads();
@@ -278,7 +286,7 @@ __device__ __forceinline__ void write_row(const Entries<kMostSlots>& entries, Se
 __device__ __forceinline__ void prune(uint8_t* list_bytes, uint8_t* counts, float* threshold, GroupScratch& scratch, int group,
                                       int thread, int k) {
   const List list = view_list(list_bytes, counts);
-  const Entries<kSlots> entries(list, thread);
+  const Entries<kSlots, true> entries(list, thread);
   // One strand may be full while the row holds few entries, where keys of a period stand out: then all are spread anew.
   uint32_t low = 0, low_complement = 0;
   const bool is_choosing = list.total > k;
@@ -291,11 +299,11 @@ __device__ __forceinline__ void prune(uint8_t* list_bytes, uint8_t* counts, floa
   if (thread == 0) scratch.num_kept = 0;
   // Everything is in registers before any of it is overwritten.
   group_barrier(group);
-  entries.each([&](uint32_t score, uint32_t complement) {
-    if (score < low || (score == low && complement < low_complement)) return;
+  entries.each([&](uint32_t score, auto complement) {
+    if (score < low || (score == low && complement() < low_complement)) return;
     const int number = atomicAdd(&scratch.num_kept, 1);
     const int slot = number / kStrands, to = number % kStrands / kOwners, owner = number % kOwners;
-    const int2 raw = make_int2((int)~complement, __float_as_int(from_ordered(score)));
+    const int2 raw = make_int2((int)~complement(), __float_as_int(from_ordered(score)));
     *reinterpret_cast<int2*>(list_bytes + (to * kSlots + slot) * kSlotBytes + owner * 8) = raw;
   });
   group_barrier(group);

@@ -136,6 +136,8 @@ def sparse_attention_with_lse(
     check_supported(query_THD, key_SGD, value_SGD)
     if not scale > 0:
         raise ValueError(f"sparse_attention serves scales above zero, got {scale}")
+    if indices_TK.dtype != torch.int32:
+        raise ValueError(f"sparse_attention serves lists in int32, got {indices_TK.dtype}")
     num_positions = key_SGD.shape[0] if page_table_BP is None else page_table_BP.shape[1] * page_size
     call = Call(
         query_THD.contiguous(),

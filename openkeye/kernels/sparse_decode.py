@@ -39,19 +39,19 @@ class DecodePlan(NamedTuple):
 def decode_plan(num_requests: int, num_heads: int, key_SGD: Tensor, num_picked: int) -> DecodePlan:
     """Steps of 64 rows (of float32 32) in about three programs on each multiprocessor.
 
-    Where there are enough requests a program takes up to four KV heads, whose rows lie side by side: longer reads are faster.
+    Where there are many requests a program takes two KV heads, whose rows lie side by side, and steps of 128 rows, fewer of
+    them on their way: longer reads are faster.
     """
     num_groups = key_SGD.shape[1]
     group = num_heads // num_groups
-    together = 1
-    while together < 4 and num_groups % (2 * together) == 0 and 2 * together * group <= 32 and num_requests >= 16:
-        together *= 2
-    block = (32 if key_SGD.dtype == torch.float32 else 64) // together
+    together = 2 if num_requests >= 16 and num_groups % 2 == 0 and 2 * group <= 32 else 1
+    rows = 32 if key_SGD.dtype == torch.float32 else 64 * together
+    block = rows // together
     num_steps = triton.cdiv(num_picked, block)
     num_others = num_requests * (num_groups // together) * triton.cdiv(group, MIN_ROWS if together == 1 else group)
     target = max(1, min(num_steps, 3 * num_multiprocessors(key_SGD.device) // num_others))
     # A power of two shares the steps of a full list evenly.
-    return DecodePlan(together, block, 1 << (target.bit_length() - 1), 4, 3)
+    return DecodePlan(together, block, 1 << (target.bit_length() - 1), 4, 2 if rows > 64 else 3)
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,8 @@ def test_repeated_runs_give_the_same_bits(device):
 def test_attention_teaches_on_its_way_back(device):
     query, key, _ = selected(device)
     indices = draw_lists(37, 70, 20, 0.5, device)
-    value = draw((70, 2, 64), device, kind(device), 3)
-    gradient = draw((37, 8, 64), device, kind(device), 4)
+    value = draw((70, 2, 64), device, query.dtype, 3)
+    gradient = draw((37, 8, 64), device, query.dtype, 4)
     tensors = indexer(37, 70, 4, 16, device)
     weights, divergence = draw((37,), device, torch.float32, 8).abs(), torch.empty(37, device=device)
     mine = leaves([query, key, value, *tensors])

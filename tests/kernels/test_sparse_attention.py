@@ -187,6 +187,8 @@ def test_unsupported_tensors_are_refused_in_one_sentence(device):
         sparse_attention(torch.zeros(4, 2, 64, device=device), *(torch.zeros(4, 2, 64, device=device),) * 2, indices, 0.0)
     with pytest.raises(ValueError, match="float64"):
         sparse_attention(*(torch.zeros(4, 2, 64, device=device, dtype=torch.float64),) * 3, indices, 1.0)
+    with pytest.raises(ValueError, match=r"lists in int32, got torch\.int64"):
+        sparse_attention(*(torch.zeros(4, 2, 64, device=device),) * 3, indices.long(), 1.0)
 
 
 @pytest.mark.gpu
