@@ -178,6 +178,15 @@ def dense_attention(
     return reference.dense_attention(*tensors, query_positions_T, scale)
 
 
+def quantize_expert_weights(weight_EIO: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.quantize_expert_weights`; on a GPU in the layout that its kernels read."""
+    if can_be_fast(weight_EIO):
+        from openkeye.kernels import experts as fast
+
+        return fast.quantize_expert_weights(weight_EIO)
+    return reference.quantize_expert_weights(weight_EIO)
+
+
 def experts(
     x_TD: Tensor,
     gate_up_EDF: Tensor,

@@ -8,13 +8,19 @@ from openkeye.model.config import KeyeConfig
 
 
 class Experts(nn.Module):
-    """The fused weights in the published, input-major layout."""
+    """The fused weights in the published, input-major layout; for answering they may be e4m3, with a scale an output column."""
+
+    gate_up_scale: Tensor | None
+    # float32 [experts, 2 F] and [experts, D] of weights in e4m3; they belong to no checkpoint
+    down_scale: Tensor | None
 
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         shape = (config.num_experts, config.hidden_size, 2 * config.moe_intermediate_size)
         self.gate_up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.moe_intermediate_size, config.hidden_size))
+        self.register_buffer("gate_up_scale", None, persistent=False)
+        self.register_buffer("down_scale", None, persistent=False)
 
 
 class MixtureOfExperts(nn.Module):
@@ -39,4 +45,6 @@ class MixtureOfExperts(nn.Module):
         weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return experts(x_TD, self.experts.gate_up_proj, self.experts.down_proj, weights.to(x_TD.dtype), expert_ids)
+        own = self.experts
+        picks = (weights.to(x_TD.dtype), expert_ids)
+        return experts(x_TD, own.gate_up_proj, own.down_proj, *picks, own.gate_up_scale, own.down_scale)

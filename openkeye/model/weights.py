@@ -20,12 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openkeye.common.checks import InputError
+from openkeye.kernels.dispatch import quantize_expert_weights
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
 
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
 POOLING_HEAD = "visual.vision_model.head."
 # Used by no computation (the first is in the published file, the second in older ones): never loaded, written back on saving.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Tensors of all experts of a layer, and the parts of one expert that other releases name.
 UNFUSED = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,7 +56,10 @@ class _Intake:
     wanted: dict[str, tuple[int, ...]]
     device: torch.device | str
     dtype: torch.dtype | None
+    are_experts_e4m3: bool
     filled: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    # of experts in e4m3
     kept: dict[str, KeptTensor] = field(default_factory=dict)
     unfused: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     tied_head: Tensor | None = None
@@ -79,7 +85,7 @@ class _Intake:
             # The shape is read from the header, so that a wrong tensor is never moved to the device.
             shape = tuple(file.get_slice(name).get_shape())
             if shape == self.wanted[name]:
-                self.filled[name] = file.get_tensor(name).to(self.device, self.dtype)
+                self._fill(name, file.get_tensor(name).to(self.device, self.dtype))
             else:
                 self._misshapen(name, shape, self.wanted[name])
 
@@ -98,17 +104,39 @@ class _Intake:
             self.problems["twice"].append(name)
         else:
             by_expert[expert] = file.get_tensor(name).to(self.device, self.dtype)
+            # As soon as a layer's experts are whole, so that they never stand beside each other in two layouts and formats.
+            fused = next(fused for fused, parts in FUSED.items() if part in parts)
+            if all(len(self.unfused[f"{match['prefix']}.{one}"]) == self.config.num_experts for one in FUSED[fused]):
+                self._stack(match["prefix"], fused)
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        if self.are_experts_e4m3 and ".mlp.experts." in name:
+            self.filled[name], self.scales[name] = quantize_expert_weights(tensor)
+        else:
+            self.filled[name] = tensor
+
+    def _stack(self, prefix: str, name: str) -> None:
+        """Per-expert [out, in] matrices, all there, become the fused, input-major tensor."""
+        fused = f"{prefix}.{name}"
+        stacks = [
+            torch.stack([self.unfused[f"{prefix}.{part}"].pop(one) for one in range(self.config.num_experts)])
+            for part in FUSED[name]
+        ]
+        if fused in self.filled:
+            self.problems["twice"].append(fused)
+        else:
+            self._fill(fused, torch.cat([stack.transpose(1, 2) for stack in stacks], dim=2).contiguous())
 
     def _misshapen(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         # Stands in for the tensor, so that it is not told again as missing.
         self.filled.setdefault(name, torch.empty(0))
         self.problems["misshapen"].append(f"{name} {list(shape)} instead of {list(expected)}")
 
-    def fuse(self) -> None:
-        """Stack per-expert [out, in] matrices into the fused, input-major tensors."""
+    def tell_incomplete(self) -> None:
+        """Per-expert matrices that are still here miss some of their layer's, or their layer was there already."""
         everyone = range(self.config.num_experts)
         for prefix in sorted({key.rpartition(".")[0] for key in self.unfused}):
-            for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            for name, parts in FUSED.items():
                 fused = f"{prefix}.{name}"
                 absent = [
                     f"{prefix}.{expert}.{part}.weight"
@@ -120,12 +148,9 @@ class _Intake:
                     continue
                 if fused in self.filled:
                     self.problems["twice"].append(fused)
-                elif absent:
+                else:
                     self.problems["missing"].extend(one for one in absent if one not in self.filled)
                     self.filled[fused] = torch.empty(0)
-                else:
-                    stacks = [torch.stack([self.unfused[f"{prefix}.{part}"].pop(one) for one in everyone]) for part in parts]
-                    self.filled[fused] = torch.cat([stack.transpose(1, 2) for stack in stacks], dim=2).contiguous()
 
     def finish(self, folder: Path) -> dict[str, Tensor]:
         """Every wanted tensor.
@@ -133,7 +158,7 @@ class _Intake:
         Raises:
             InputError: names every tensor that is unknown, missing, misshapen or there twice.
         """
-        self.fuse()
+        self.tell_incomplete()
         self.problems["missing"].extend(name for name in self.wanted if name not in self.filled)
         embeddings = self.filled.get("model.embed_tokens.weight")
         if self.tied_head is not None and embeddings is not None and not torch.equal(self.tied_head, embeddings):
@@ -144,13 +169,20 @@ class _Intake:
         return self.filled
 
 
-def load_model(model_dir: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> KeyeModel:
+def load_model(
+    model_dir: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    are_experts_e4m3: bool = False,
+) -> KeyeModel:
     """Read a checkpoint folder.
 
     Args:
         model_dir: folder of the published layout.
         device: where the weights go.
         dtype: of every weight; None keeps each tensor's own.
+        are_experts_e4m3: the experts' weights, nineteen of twenty, are rounded to e4m3 with one scale an output column as they
+            come in: half the bytes, for answering only.
 
     Raises:
         InputError: a file is missing or unreadable, or names or shapes differ from what config.json asks for; all are listed.
@@ -160,7 +192,7 @@ def load_model(model_dir: str | Path, device: torch.device | str = "cpu", dtype:
     with torch.device("meta"):
         model = KeyeModel(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    intake = _Intake(config, wanted, device, dtype)
+    intake = _Intake(config, wanted, device, dtype, are_experts_e4m3)
     for path, promised in _weight_files(folder):
         with _open_weights(path) as file:
             present = set(file.keys())
@@ -168,6 +200,9 @@ def load_model(model_dir: str | Path, device: torch.device | str = "cpu", dtype:
             for name in sorted(present):
                 intake.take(name, path, file)
     model.load_state_dict(intake.finish(folder), strict=True, assign=True)
+    for name, scale in intake.scales.items():
+        prefix, _, projection = name.rpartition(".")
+        setattr(model.get_submodule(prefix), projection.replace("_proj", "_scale"), scale)
     model.kept_tensors = tuple(intake.kept.values())
     return model.requires_grad_(False)
 
@@ -236,7 +271,12 @@ def save_model(model: KeyeModel, model_dir: str | Path, shard_bytes: int = SHARD
     """Write `config.json` and the weights, in one file or in shards with an index; what was kept unread is written back.
 
     Files are written beside the old ones and then renamed, so that saving over the folder a model came from is safe.
+
+    Raises:
+        ValueError: experts in e4m3, whose scales the published layout has no place for.
     """
+    if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
+        raise ValueError("experts in e4m3 are for answering and cannot be saved; load the checkpoint without are_experts_e4m3")
     folder = Path(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openkeye.common.checks import InputError
+from openkeye.kernels import reference
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
 from openkeye.model.weights import count_packing_parameters, load_model, save_model
@@ -238,3 +239,26 @@ def test_a_fresh_model_saves_a_whole_config(tmp_path):
     save_model(model, tmp_path)
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert load_model(tmp_path / "copy").config == config
+
+
+@pytest.mark.parametrize("is_unfused", [False, True])
+def test_experts_come_in_as_e4m3_with_their_scales(tmp_path, is_unfused):
+    weights = make_weights(make_config())
+    folder = write(tmp_path / "m", unfuse(weights) if is_unfused else weights)
+    plain, small = load_model(folder), load_model(folder, are_experts_e4m3=True)
+    kinds = {name: parameter.dtype for name, parameter in small.named_parameters()}
+    assert {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn} == {n for n in kinds if ".experts." in n}
+    layer, its = plain.model.layers[0].mlp, small.model.layers[0].mlp
+    values, scales = reference.quantize_expert_weights(layer.experts.gate_up_proj)
+    assert torch.equal(its.experts.gate_up_proj.float(), values.float()) and torch.equal(its.experts.gate_up_scale, scales)
+    x = torch.randn(9, plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = layer(x)
+    assert float((its(x) - expected).norm() / expected.norm()) < 0.05
+    assert not torch.equal(its(x), expected)
+
+
+def test_experts_in_e4m3_are_not_saved(tmp_path):
+    model = load_model(write(tmp_path / "m"), are_experts_e4m3=True)
+    with pytest.raises(ValueError, match="for answering and cannot be saved"):
+        save_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
