@@ -3,7 +3,10 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from openkeye.common.checks import InputError
 
 if TYPE_CHECKING:
     from openkeye.model.config import KeyeConfig
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "print parameters, weight bytes and cache bytes of a model"
 CONTEXTS = {"32K": 32 << 10, "128K": 128 << 10, "256K": 256 << 10}
+WORK_GIB = 4.0
+# of a GPU that are kept for its driver, for activations and for scratch
 INDEX_FORMAT = "fp8 keys, one fp32 scale per token and layer"
 
 
@@ -20,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="NAME_OR_DIR",
         help="keye-vl-2.0-30b-a3b (no weights needed), openkeye-tiny, or a folder with config.json",
+    )
+    parser.add_argument(
+        "--gpu", type=float, metavar="GIB", help="say what fits a GPU of so many GiB: 80 for an H100, 141 for an H200"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -34,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     from openkeye.model.published import PACKING_PARAMETERS, published_config
     from openkeye.model.weights import count_packing_parameters
 
+    if arguments.gpu is not None and not arguments.gpu > 0:
+        raise InputError(f"--gpu is {arguments.gpu}; give the GPU's memory in GiB, such as 80")
     if arguments.model == BUNDLED_MODEL or Path(arguments.model).exists():
         folder = resolve_model_dir(arguments.model)
         config = KeyeConfig.load(folder)
@@ -42,10 +52,49 @@ def run(arguments: argparse.Namespace) -> int:
         config = published_config(arguments.model)
         inventory = take_inventory(config, PACKING_PARAMETERS)
     if arguments.json:
-        print(json.dumps(_as_json(arguments.model, config, inventory)))
+        table = _as_json(arguments.model, config, inventory)
+        if arguments.gpu is not None:
+            table["gpu"] = [asdict(fit) for fit in _fits(arguments.gpu, config, inventory)]
+        print(json.dumps(table))
     else:
         _print_tables(arguments.model, config, inventory)
+        if arguments.gpu is not None:
+            _print_fits(arguments.gpu, config, inventory)
     return 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits a GPU with weights in one format, and caches as the engine keeps them: in bf16."""
+
+    weights: str
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cache_tokens: int
+    fits_whole_context: bool
+
+
+def _fits(gibibytes: float, config: "KeyeConfig", inventory: "Inventory") -> list[Fit]:
+    per_token = inventory.kv_bytes_per_token + inventory.index_bytes_per_token_bf16
+    fits = []
+    for weights, num_bytes in (("bfloat16", inventory.weight_bytes), ("experts in e4m3", inventory.weight_bytes_e4m3)):
+        tokens = max(0, int((gibibytes - WORK_GIB) * 2**30) - num_bytes) // per_token
+        fits.append(Fit(weights, num_bytes, per_token, tokens, tokens >= config.max_position_embeddings))
+    return fits
+
+
+def _print_fits(gibibytes: float, config: "KeyeConfig", inventory: "Inventory") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    table = Table(title=f"on one GPU of {gibibytes:g} GiB, {WORK_GIB:g} of them kept for work")
+    for heading in ("weights", "GiB", "tokens of cache that fit", f"a context of {config.max_position_embeddings:,}"):
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    for fit in _fits(gibibytes, config, inventory):
+        size, word = f"{fit.weight_bytes / (1 << 30):.2f}", "fits" if fit.fits_whole_context else "does not fit"
+        table.add_row(fit.weights, size, f"{fit.cache_tokens:,}", word)
+    console.print(table)
 
 
 def _as_json(name: str, config: "KeyeConfig", inventory: "Inventory") -> dict[str, object]:
@@ -55,7 +104,7 @@ def _as_json(name: str, config: "KeyeConfig", inventory: "Inventory") -> dict[st
         "active_parameters": inventory.num_active,
         "num_tensors": inventory.num_tensors,
         "unused_parameters": sum(part.num_parameters for part in inventory.parts if "unused" in part.name),
-        "weight_bytes": inventory.num_parameters * 2,
+        "weight_bytes": inventory.weight_bytes,
         "weight_format": "bfloat16",
         "kv_bytes_per_token": inventory.kv_bytes_per_token,
         "kv_format": "bfloat16",
@@ -105,7 +154,7 @@ def _print_tables(name: str, config: "KeyeConfig", inventory: "Inventory") -> No
     def add(what: str, num_bytes: int, layout: str) -> None:
         memory.add_row(what, f"{num_bytes:,}", f"{num_bytes / (1 << 30):.2f}", layout)
 
-    add("weights", inventory.num_parameters * 2, "bfloat16")
+    add("weights", inventory.weight_bytes, "bfloat16")
     for context, tokens in CONTEXTS.items():
         memory.add_section()
         beyond = "" if tokens <= config.max_position_embeddings else " (beyond its context)"

@@ -35,6 +35,8 @@ class Inventory:
     index_bytes_per_token: int
     # fp8 keys of the indexer with one fp32 scale a token and layer, as published
     index_bytes_per_token_bf16: int
+    expert_scale_bytes: int
+    # one fp32 scale an output column of experts in e4m3
 
     @property
     def num_parameters(self) -> int:
@@ -43,6 +45,18 @@ class Inventory:
     @property
     def num_tensors(self) -> int:
         return sum(part.num_tensors for part in self.parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights in bf16."""
+        return self.num_parameters * BFLOAT16_BYTES
+
+    @property
+    def weight_bytes_e4m3(self) -> int:
+        """Experts in e4m3 with their scales, all else in bf16; what no computation reads is not loaded."""
+        used = [part for part in self.parts if "unused" not in part.name]
+        widths = {part.name: 1 if part.name == "experts" else BFLOAT16_BYTES for part in used}
+        return sum(widths[part.name] * part.num_parameters for part in used) + self.expert_scale_bytes
 
     @property
     def num_active(self) -> int:
@@ -93,4 +107,8 @@ def take_inventory(config: KeyeConfig, num_packing_parameters: int) -> Inventory
         kv_bytes_per_token=layers * 2 * config.num_key_value_heads * config.head_dim * BFLOAT16_BYTES,
         index_bytes_per_token=layers * (index_width + FP8_SCALE_BYTES),
         index_bytes_per_token_bf16=layers * index_width * BFLOAT16_BYTES,
+        expert_scale_bytes=layers
+        * config.num_experts
+        * (2 * config.moe_intermediate_size + config.hidden_size)
+        * FP8_SCALE_BYTES,
     )

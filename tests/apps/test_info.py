@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from openkeye.apps import info
 from openkeye.common.checks import InputError
+from openkeye.model.inventory import take_inventory
+from openkeye.model.weights import load_model
 from tests.model.naive_keye import make_config, make_weights, write_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "image_and_video"
@@ -69,6 +72,30 @@ def test_the_bundled_model_is_known_by_name(capsys):
 
 def test_an_unknown_name_is_told(tmp_path):
     with pytest.raises(InputError, match=r"keye-vl-9: no such published model; known are keye-vl-2\.0-30b-a3b"):
-        info.run(argparse.Namespace(model="keye-vl-9", json=False))
+        info.run(argparse.Namespace(model="keye-vl-9", json=False, gpu=None))
     with pytest.raises(InputError, match=r"config\.json"):
-        info.run(argparse.Namespace(model=str(tmp_path), json=False))
+        info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None))
+
+
+@pytest.mark.parametrize(("gibibytes", "fits"), [(80, [False, True]), (141, [True, True]), (24, [False, False])])
+def test_what_fits_a_gpu(capsys, gibibytes, fits):
+    told = json.loads(shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", gibibytes, "--json"))["gpu"]
+    assert [row["fits_whole_context"] for row in told] == fits
+    assert [row["weights"] for row in told] == ["bfloat16", "experts in e4m3"]
+    for row in told:
+        used = row["weight_bytes"] + row["cache_tokens"] * row["cache_bytes_per_token"]
+        assert used <= max(gibibytes * 2**30, row["weight_bytes"])
+    assert shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", gibibytes).count("does not fit") == fits.count(False)
+
+
+def test_a_gpu_without_memory_is_refused(capsys):
+    with pytest.raises(InputError, match=r"--gpu is 0\.0; give the GPU's memory in GiB"):
+        shown(capsys, "openkeye-tiny", "--gpu", 0)
+
+
+def test_the_bytes_of_experts_in_e4m3_are_those_of_a_loaded_model(tmp_path):
+    config = make_config()
+    folder = write_checkpoint(tmp_path / "m", config, make_weights(config))
+    model = load_model(folder, dtype=torch.bfloat16, are_experts_e4m3=True)
+    loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *(b for b in model.buffers() if b.dtype == torch.float32)))
+    assert take_inventory(model.config, 0).weight_bytes_e4m3 == loaded
