@@ -33,6 +33,7 @@ def test_every_operation_is_compared_with_its_twin():
     operations = {"indexer_select", "top_k", "build_unions", "sparse_attention", "select + attend", "indexer_decode"}
     operations |= {"sparse_decode", "whole step", "sparse_attention_backward", "dense_indexer_loss", "sparse_indexer_loss"}
     operations |= {"cross_entropy", "experts", "norm_rotary_write", "index_norm_rotary_write", "dense_attention"}
+    operations |= {"by unions", "query by query"}
     assert operations == set(agreeing)
     assert text.count("rows equal the twin's in every position") == 2
 
