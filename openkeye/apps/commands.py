@@ -21,6 +21,7 @@ COMMANDS = {
     "check": "openkeye.apps.check",
     "evaluate": "openkeye.apps.evaluate",
     "frameforge": "openkeye.apps.frameforge_command",
+    "serve": "openkeye.apps.serve",
 }
 
 

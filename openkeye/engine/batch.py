@@ -1,11 +1,12 @@
 """`Batch`: the tokens of one model call, and `PagedPast`: the past they see in the pages.
 
 Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked
-tokens; B segments, P pages of the longest.
+tokens; B segments of one token, P pages of the longest.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """Segments run together, token after token."""
+    """Segments run together, token after token; answers under way, of one token each, come first."""
 
     segments: list[Segment]
 
@@ -45,14 +46,15 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.count for segment in self.segments)
 
-    @property
-    def is_decode(self) -> bool:
-        return all(segment.count == 1 for segment in self.segments)
+    @cached_property
+    def singles(self) -> list[Segment]:
+        """The leading segments of one token: rows [0, B) of the batch, which attention decodes together."""
+        return list(takewhile(lambda segment: segment.count == 1, self.segments))
 
     def page_table(self, page_size: int) -> tuple[Tensor, Tensor]:
-        """[B, P] int32, the pages of every segment's context in order (0 behind its last), and [B] int32, its tokens."""
-        firsts = [segment.slots_S[::page_size] for segment in self.segments]
-        lengths = [segment.start + segment.count for segment in self.segments]
+        """[B, P] int32, the pages of every single's context in order (0 behind its last), and [B] int32, its tokens."""
+        firsts = [segment.slots_S[::page_size] for segment in self.singles]
+        lengths = [segment.start + segment.count for segment in self.singles]
         table = (pad_sequence(firsts, batch_first=True) // page_size).int()
         return table, torch.tensor(lengths, dtype=torch.int32, device=table.device)
 
@@ -90,14 +92,14 @@ class PagedPast:
         """See `Past.attend`."""
         assert index is not None
         self.caches.write(layer_index, self.new_slots, key_TGD, value_TGD, index.key_TI)
-        if self.attention == "sparse" and self.batch.is_decode:
-            return self._decode(layer_index, query_THD, index)
-        outputs, first = [], 0
-        for segment in self.batch.segments:
+        # Answers under way keep their way, which moves no context, whatever prompts run beside them.
+        first = len(self.batch.singles) if self.attention == "sparse" else 0
+        outputs = [self._decode(layer_index, query_THD[:first], _rows(index, first))] if first else []
+        for segment in self.batch.segments[first:]:
             rows = slice(first, first + segment.count)
             outputs.append(self._attend_segment(layer_index, segment, rows, query_THD[rows], index))
             first += segment.count
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _num_dense(self, segment: Segment) -> int:
         """How many of a segment's new tokens, from its first on, attend to every key up to their own.
@@ -136,15 +138,15 @@ class PagedPast:
     def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
         """One token a request, [B, H, D]: from the pages, but for requests whose `dense_up_to` is more than is picked there."""
         widened = [
-            number for number, segment in enumerate(self.batch.segments) if self.top_k <= segment.start < self.dense_up_to
+            number for number, segment in enumerate(self.batch.singles) if self.top_k <= segment.start < self.dense_up_to
         ]
-        if len(widened) < len(self.batch.segments):
+        if len(widened) < len(self.batch.singles):
             attended = self._decode_picked(layer_index, query_THD, index)
         else:
             attended = torch.empty_like(query_THD)
         for number in widened:
             row = slice(number, number + 1)
-            attended[row] = self._attend_segment(layer_index, self.batch.segments[number], row, query_THD[row], index)
+            attended[row] = self._attend_segment(layer_index, self.batch.singles[number], row, query_THD[row], index)
         return attended
 
     def _decode_picked(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
@@ -154,12 +156,20 @@ class PagedPast:
         if can_decode_in_pages(query_THD, index.query_TJI, keys, self.top_k, self.caches.page_size):
             queries, caches = (query_THD, index.query_TJI, index.gates_TJ), (keys, values, self.caches.index_keys[layer_index])
             return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale)
-        picked = []
-        for number, segment in enumerate(self.batch.segments):
-            indices = self._select(layer_index, segment, slice(number, number + 1), index, _positions(segment))
-            slots = segment.slots_S[indices.clamp_min(0).long()]
-            picked.append(torch.where(indices < 0, -1, slots).int())
-        return sparse_attention(query_THD, keys, values, torch.cat(picked), scale)
+        outputs = []
+        for number, segment in enumerate(self.batch.singles):
+            row = slice(number, number + 1)
+            indices = self._select(layer_index, segment, row, index, _positions(segment))
+            # The picked keys and no others: what nobody wrote may be anything, even where its weight is zero.
+            slots = segment.slots_S[indices[0].clamp_min(0).long()]
+            places = torch.where(indices < 0, -1, torch.arange(indices.shape[1], device=indices.device)).int()
+            outputs.append(sparse_attention(query_THD[row], keys[slots], values[slots], places, scale))
+        return torch.cat(outputs)
+
+
+def _rows(index: IndexerOutput, count: int) -> IndexerOutput:
+    """The first rows of a batch."""
+    return IndexerOutput(index.query_TJI[:count], index.gates_TJ[:count], index.key_TI[:count])
 
 
 def _positions(segment: Segment) -> Tensor:

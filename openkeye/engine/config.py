@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -12,12 +15,13 @@ class EngineConfig:
     cache_tokens: int = 65536
     # keys, values and index keys that the pages hold in all
     prefill_chunk_tokens: int = 2048
+    # prompt tokens of a batch, of one prompt or several; answers under way add one each
     vision_slice_pictures: int = 16
     # pictures that the vision tower takes at once; results do not depend on it
     vision_cache_bytes: int = 256 << 20
     # encoded pictures kept for the next question
     max_batch_requests: int = 32
-    # requests that decode together
+    # requests that run together
     dense_up_to: int | None = None
     # Tokens whose sequence up to and with them has at most this many attend to all of it and not to selected keys. None: the
     # model's top-k, up to which both are the same; more is a superset of what the model was trained to see, fewer only slower.
@@ -46,10 +50,25 @@ class SamplingParameters:
     # 0 keeps every token
     seed: int = 0
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    # the text ends before the first of them that it completes
+    logprobs: int | None = None
+    # How many of the likeliest tokens to report beside each new one, with natural logarithms of their probabilities; 0 reports
+    # the new one alone, None nothing. They are of the model's own logits in float32: no temperature, top-p or top-k.
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+        is_usable = 0 <= self.temperature < float("inf") and 0 < self.top_p <= 1
+        if not is_usable or self.top_k < 0 or self.max_new_tokens < 1:
             raise ValueError(
                 f"sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 1, got temperature "
                 f"{self.temperature}, top_p {self.top_p}, top_k {self.top_k}, max_new_tokens {self.max_new_tokens}"
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; give a whole number of at most 64 bits")
+        is_text = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        if not is_text or len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(
+                f"stop is {self.stop!r:.80}; give a tuple of at most {MAX_STOP_STRINGS} strings, none of them empty"
+            )
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise ValueError(f"logprobs is {self.logprobs!r}; give a whole number from 0 to {MAX_LOGPROBS}, or None")

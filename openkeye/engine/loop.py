@@ -6,6 +6,7 @@ Engine("openkeye-tiny").ask("clip.mp4", "When does the red circle appear?")
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 
 from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
+from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.request import Request
 from openkeye.engine.runner import Runner
-from openkeye.engine.sampler import sample
+from openkeye.engine.sampler import sample_batch, token_logprobs
 from openkeye.engine.scheduler import Scheduler
+from openkeye.engine.scores import score_output
+from openkeye.engine.text_stream import TextStream
 from openkeye.inputs.encode import EncodedPrompt, encode
 from openkeye.inputs.intervals import parse_intervals, widen_intervals
 from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
@@ -127,62 +131,91 @@ class Engine:
         on_progress: OnProgress | None = None,
     ) -> list[Answer]:
         """Answers to several chats, decoded together. `on_text` streams the first one's."""
-        sampling = sampling or SamplingParameters()
-        start = time.monotonic()
-        prompts = [encode(messages, self.processor, num_reserved_tokens=min(sampling.max_new_tokens, 64)) for messages in batch]
-        seconds = {"decode_video": time.monotonic() - start, "encode_vision": 0.0, "prefill": 0.0, "generate": 0.0}
-        requests = [self._request(prompt, sampling) for prompt in prompts]
+        requests = [self.prepare(messages, sampling or SamplingParameters()) for messages in batch]
+        if not requests:
+            return []
+        first = requests[0]
         if on_text is not None:
-            requests[0].on_token = self._streamer(requests[0], on_text)
+            first.on_token = lambda event: on_text(event.text) if event.text else None
         if on_progress is not None:
-            requests[0].on_prefill = lambda done, total: on_progress("prefill", done, total)
-        self._run(requests, seconds)
-        return [self._answer(request, seconds) for request in requests]
-
-    def step(self) -> list[Request]:
-        """Run one batch; returns the requests that it finished."""
-        batch = self.scheduler.next_batch()
-        logits = self.runner.run(batch)
-        finished = []
-        for row, segment in enumerate(batch.segments):
-            request = segment.request
-            request.num_computed += segment.count
-            if not request.is_prefilled or segment.start < request.num_prompt:
-                self.scheduler.keep_full_pages(request)
-                if request.on_prefill is not None:
-                    request.on_prefill(min(request.num_computed, request.num_prompt), request.num_prompt)
-            if request.is_prefilled:
-                request.add_output(sample(logits[row], request.sampling, request.generator))
-                if request.finish_reason is not None:
-                    self.scheduler.finish(request)
-                    finished.append(request)
-        return finished
-
-    def _run(self, requests: list[Request], seconds: dict[str, float]) -> None:
+            first.on_prefill = lambda done, total: on_progress("prefill", done, total)
         try:
             for request in requests:
                 self.scheduler.add(request)
             while self.scheduler.has_work:
-                start, self.runner.vision_seconds = time.monotonic(), 0.0
-                is_prefill = bool(self.scheduler.waiting) or not all(r.is_prefilled for r in self.scheduler.running)
-                self.step()
-                seconds["encode_vision"] += self.runner.vision_seconds
-                seconds["prefill" if is_prefill else "generate"] += time.monotonic() - start - self.runner.vision_seconds
+                if first in self.step() and on_text is not None and first.rest:
+                    on_text(first.rest)
         finally:
             # After an error or Ctrl-C nothing half done stays behind for the next call.
             self.scheduler.clear()
+        return [self.answer(request) for request in requests]
 
-    def _request(self, prompt: EncodedPrompt, sampling: SamplingParameters) -> Request:
-        room = (self.processor.max_tokens or prompt.num_tokens + sampling.max_new_tokens) - prompt.num_tokens
-        if sampling.max_new_tokens > room:
-            sampling = SamplingParameters(**(vars(sampling) | {"max_new_tokens": max(1, room)}))
-        processor = self.processor
-        return Request(
-            prompt, sampling, self.stop_ids, processor.image_token_id, processor.video_token_id, processor.merge_size
-        )
+    def score(self, messages: Sequence[Message], continuation: str) -> list[tuple[int, str, float]]:
+        """How likely the model finds a given answer: (token id, its text, natural logarithm of its probability) of each token.
 
-    def _answer(self, request: Request, seconds: dict[str, float]) -> Answer:
-        text = self.processor.decode(request.output_ids)
+        Logarithms are of the model's own logits in float32. The continuation is read as prose, and the end of the turn is not
+        part of it. Not while other requests run.
+
+        Raises:
+            InputError: an empty continuation, or one that does not fit behind the messages.
+        """
+        tokens = self.processor.encode_text(continuation)
+        if not tokens:
+            raise InputError("the continuation to score is empty; give at least one character")
+        prompt = encode(messages, self.processor, num_reserved_tokens=len(tokens))
+        request = self._request(prompt, SamplingParameters(max_new_tokens=len(tokens)))
+        try:
+            logprobs = score_output(self.runner, self.scheduler, request, tokens)
+        finally:
+            self.scheduler.clear()
+        texts = [self.processor.decode([token], skip_special_tokens=False) for token in tokens]
+        return list(zip(tokens, texts, logprobs, strict=True))
+
+    def prepare(
+        self, messages: Sequence[Message], sampling: SamplingParameters, on_decoded: Callable[[int, int], None] | None = None
+    ) -> Request:
+        """Decode and encode messages into a request for `scheduler.add`. Safe on any thread.
+
+        on_decoded: called with (video frames done, in all); what it raises ends the decoding.
+
+        Raises:
+            InputError: unreadable media, or a prompt past the model's context.
+        """
+        start = time.monotonic()
+        num_reserved = min(sampling.max_new_tokens, 64)
+        prompt = encode(messages, self.processor, num_reserved_tokens=num_reserved, on_progress=on_decoded)
+        request = self._request(prompt, sampling)
+        request.stage_seconds["decode_video"] = time.monotonic() - start
+        return request
+
+    def step(self) -> list[Request]:
+        """Run one batch; returns the requests that it finished."""
+        return self.run_batch(self.scheduler.next_batch())
+
+    def run_batch(self, batch: Batch) -> list[Request]:
+        """Run a batch of the scheduler's, give each request its next token; returns the requests that are finished now."""
+        start, self.runner.vision_seconds = time.monotonic(), 0.0
+        logits = self.runner.run(batch)
+        for segment in batch.segments:
+            segment.request.num_computed += segment.count
+        # A prompt's chunk that is not its last says nothing yet.
+        rows = [row for row, segment in enumerate(batch.segments) if not segment.request.num_missing]
+        requests = [batch.segments[row].request for row in rows]
+        logits = logits[rows]
+        tokens = sample_batch(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        self._count_seconds(batch, time.monotonic() - start)
+        for segment in batch.segments:
+            self._tell_prefill(segment)
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            request.add_output(token, *token_logprobs(logits[row], token, request.sampling.logprobs))
+        finished = [request for request in requests if request.finish_reason is not None]
+        for request in finished:
+            self.scheduler.remove(request)
+        return finished
+
+    def answer(self, request: Request) -> Answer:
+        """What a finished request has to say."""
+        text = request.text
         frames = request.prompt.frames
         times = frames.times_seconds if frames is not None else []
         spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
@@ -196,23 +229,33 @@ class Engine:
             len(request.output_ids),
             len(times),
             spacing,
-            dict(seconds),
+            request.stage_seconds,
             request.finish_reason,
             request.prompt.notes,
         )
 
-    def _streamer(self, request: Request, on_text: OnText) -> Callable[[int], None]:
-        """Tokens to text pieces: a piece is held back while its last character is still incomplete."""
-        num_told = 0
+    def _request(self, prompt: EncodedPrompt, sampling: SamplingParameters) -> Request:
+        room = (self.processor.max_tokens or prompt.num_tokens + sampling.max_new_tokens) - prompt.num_tokens
+        sampling = replace(sampling, max_new_tokens=max(1, min(room, sampling.max_new_tokens)))
+        processor = self.processor
+        stream = TextStream(processor.decode, sampling.stop)
+        ids = (self.stop_ids, processor.image_token_id, processor.video_token_id)
+        return Request(prompt, sampling, *ids, processor.merge_size, stream)
 
-        def tell(_token: int) -> None:
-            nonlocal num_told
-            text = self.processor.decode(request.output_ids)
-            if not text.endswith("\ufffd"):
-                on_text(text[num_told:])
-                num_told = len(text)
+    def _tell_prefill(self, segment: Segment) -> None:
+        request = segment.request
+        if segment.start < request.num_prompt:
+            self.scheduler.keep_full_pages(request)
+            if request.on_prefill is not None:
+                request.on_prefill(min(request.num_computed, request.num_prompt), request.num_prompt)
 
-        return tell
+    def _count_seconds(self, batch: Batch, seconds: float) -> None:
+        """A batch's time counts for each of its requests; the vision tower's for those that read a prompt."""
+        for segment in batch.segments:
+            is_prompt = segment.start < segment.request.num_prompt
+            spent = segment.request.stage_seconds
+            spent["prefill" if is_prompt else "generate"] += seconds - self.runner.vision_seconds
+            spent["encode_vision"] += self.runner.vision_seconds * is_prompt
 
     def _read_stop_ids(self) -> frozenset[int]:
         path = self.model_dir / "generation_config.json"

@@ -32,16 +32,27 @@ class PagedCaches:
 
 
 class PagePool:
-    """Counts the users of every page. A page without users is free, or kept by the prefix cache until room is needed."""
+    """Counts the users of every page. A page without users is free.
+
+    The prefix cache is one user of each page that it keeps; a page with no other user is idle: its content waits for the next
+    prompt that begins alike, and it is given up when room is needed.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.num_idle = 0
         self._free = deque(range(num_pages))
         self._num_users = [0] * num_pages
+        self._is_kept = [False] * num_pages
 
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that a request can get: free ones, and idle ones that the prefix cache gives up."""
+        return self.num_free + self.num_idle
 
     def take(self, count: int) -> list[int]:
         """`count` free pages, each with one user."""
@@ -54,14 +65,28 @@ class PagePool:
     def share(self, page: int) -> None:
         """One more user of a page."""
         assert self._num_users[page] > 0
+        self.num_idle -= self.is_idle(page)
         self._num_users[page] += 1
 
     def drop(self, page: int) -> None:
         """One user fewer; the page is free when none is left."""
         assert self._num_users[page] > 0
         self._num_users[page] -= 1
+        self.num_idle += self.is_idle(page)
         if self._num_users[page] == 0:
             self._free.append(page)
 
-    def num_users(self, page: int) -> int:
-        return self._num_users[page]
+    def keep(self, page: int) -> None:
+        """The prefix cache becomes a user of a page that a request uses."""
+        self.share(page)
+        self._is_kept[page] = True
+
+    def forget(self, page: int) -> None:
+        """The prefix cache gives up a page."""
+        self.num_idle -= self.is_idle(page)
+        self._is_kept[page] = False
+        self.drop(page)
+
+    def is_idle(self, page: int) -> bool:
+        """Whether the prefix cache alone uses the page."""
+        return self._is_kept[page] and self._num_users[page] == 1

@@ -44,7 +44,7 @@ class PrefixCache:
     def keep(self, key: bytes, page: int) -> None:
         """Remember a full, computed page."""
         if key not in self._page_of:
-            self._pool.share(page)
+            self._pool.keep(page)
             self._page_of[key] = page
 
     def make_room(self, num_pages: int) -> None:
@@ -52,5 +52,5 @@ class PrefixCache:
         for key in list(self._page_of):
             if self._pool.num_free >= num_pages:
                 return
-            if self._pool.num_users(self._page_of[key]) == 1:
-                self._pool.drop(self._page_of.pop(key))
+            if self._pool.is_idle(self._page_of[key]):
+                self._pool.forget(self._page_of.pop(key))

@@ -1,6 +1,6 @@
 """One prompt on its way through the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from openkeye.engine.config import SamplingParameters
+from openkeye.engine.events import TokenEvent
+from openkeye.engine.text_stream import TextStream
 from openkeye.inputs.encode import EncodedPrompt
 from openkeye.inputs.patches import Patches
+
+STAGES = ("decode_video", "encode_vision", "prefill", "generate")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Request:
     image_token_id: int
     video_token_id: int
     merge_size: int
-    on_token: Callable[[int], None] | None = None
+    stream: TextStream | None = None
+    # None where nobody reads the text: then no stop string ends it
+    on_token: Callable[[TokenEvent], None] | None = None
     on_prefill: Callable[[int, int], None] | None = None
     # called with (prompt tokens done, prompt tokens in all)
     pictures: list[Picture] = field(init=False)
@@ -46,10 +52,16 @@ class Request:
     num_computed: int = 0
     # tokens whose keys and values stand in the pages
     num_cached: int = 0
-    # of these, found in the prefix cache
+    # of these, found in the prefix cache when the request first ran
+    num_preemptions: int = 0
+    # how often its pages were taken away for older requests; its tokens are computed again then
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    # "stop" or "length"
+    # "stop", "length", "cancelled" or "deadline"
+    rest: str = ""
+    # the end of the finished text that no token told, since it was held back
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    # what the batches took that it was part of
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.sampling.seed)
@@ -75,6 +87,21 @@ class Request:
         return self.num_computed >= self.num_prompt
 
     @property
+    def num_known(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return self.num_prompt + len(self.output_ids)
+
+    @property
+    def num_missing(self) -> int:
+        """Known tokens whose keys and values are not in the pages."""
+        return self.num_known - self.num_computed
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether its next token needs one more token computed, the last one of its answer."""
+        return self.num_missing == 1 and bool(self.output_ids)
+
+    @property
     def num_tokens_at_most(self) -> int:
         return self.num_prompt + self.sampling.max_new_tokens
 
@@ -85,16 +112,30 @@ class Request:
         assert patches is not None
         return patches
 
-    def add_output(self, token: int) -> None:
-        """Take the next token of the answer and see whether it is the last."""
+    def add_output(self, token: int, logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] = ()) -> None:
+        """Take the next token of the answer, see whether it is the last, and tell of it."""
         if token in self.stop_ids:
-            self.finish_reason = "stop"
+            self.finish("stop")
             return
         self.output_ids.append(token)
-        if len(self.output_ids) >= self.sampling.max_new_tokens:
-            self.finish_reason = "length"
+        text = "" if self.stream is None else self.stream.push(token)
+        if self.stream is not None and self.stream.is_stopped:
+            self.finish("stop")
+        elif len(self.output_ids) >= self.sampling.max_new_tokens:
+            self.finish("length")
         if self.on_token is not None:
-            self.on_token(token)
+            self.on_token(TokenEvent(token, text, logprob, list(top_logprobs)))
+
+    def finish(self, reason: str) -> None:
+        """End the answer where it stands."""
+        self.finish_reason = reason
+        if self.stream is not None:
+            self.rest = self.stream.finish()
+
+    @property
+    def text(self) -> str:
+        """The answer's text; whole once it is finished."""
+        return "" if self.stream is None else self.stream.text
 
     def _find_pictures(self) -> list[Picture]:
         ids = self.input_ids.numpy()

@@ -31,13 +31,18 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        hidden = self.run_hidden(batch)
+        last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
+        return self.model.logits(hidden[last.to(self.device)])
+
+    @torch.inference_mode()
+    def run_hidden(self, batch: Batch) -> Tensor:
+        """What `KeyeModel.logits` takes, of every new token, [T, hidden]."""
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
         top_k = self.model.config.indexer.top_k
         past = PagedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to)
-        hidden = self.model(embeds, positions.to(self.device), past)
-        last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
-        return self.model.logits(hidden[last.to(self.device)])
+        return self.model(embeds, positions.to(self.device), past)
 
     def _positions(self, segment: Segment) -> Tensor:
         """[3, count]: the prompt's own, then index + delta on all axes."""
@@ -49,17 +54,24 @@ class Runner:
         return torch.cat([given, later.expand(3, -1)], dim=1)
 
     def _embed(self, segment: Segment) -> Tensor:
+        """[count, hidden]: tokens and pictures of the prompt, then tokens of the answer."""
         request, end = segment.request, segment.start + segment.count
-        if segment.start >= request.num_prompt:
-            ids = torch.tensor(request.output_ids[segment.start - request.num_prompt : end - request.num_prompt])
-            return self.model.embed(ids.to(self.device), None, None)
-        ids = request.input_ids[segment.start : end].to(self.device)
-        inside = [p for p in request.pictures if p.first_token < end and p.first_token + p.num_tokens > segment.start]
+        parts = []
+        if segment.start < request.num_prompt:
+            parts.append(self._embed_prompt(request, segment.start, min(end, request.num_prompt)))
+        if end > request.num_prompt:
+            # Apart from the prompt: a pad that a model happens to write is no picture's place.
+            ids = request.output_ids[max(segment.start - request.num_prompt, 0) : end - request.num_prompt]
+            parts.append(self.model.embed(torch.tensor(ids).to(self.device), None, None))
+        return torch.cat(parts)
+
+    def _embed_prompt(self, request: Request, start: int, end: int) -> Tensor:
+        ids = request.input_ids[start:end].to(self.device)
+        inside = [p for p in request.pictures if p.first_token < end and p.first_token + p.num_tokens > start]
         features = self._features(request, inside)
         rows: dict[bool, list[Tensor]] = {False: [], True: []}
         for picture, feature in zip(inside, features, strict=True):
-            first = max(0, segment.start - picture.first_token)
-            rows[picture.is_frame].append(feature[first : end - picture.first_token])
+            rows[picture.is_frame].append(feature[max(0, start - picture.first_token) : end - picture.first_token])
         images, frames = (torch.cat(rows[kind]) if rows[kind] else None for kind in (False, True))
         return self.model.embed(ids, images, frames)
 

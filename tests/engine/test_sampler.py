@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from openkeye.engine.config import EngineConfig, SamplingParameters
-from openkeye.engine.sampler import sample
+from openkeye.engine.sampler import sample, sample_batch, token_logprobs
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0])
 
@@ -45,3 +45,46 @@ def test_engine_settings_are_checked():
         EngineConfig(cache_tokens=100)
     with pytest.raises(ValueError, match="give at least 1"):
         EngineConfig(prefill_chunk_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"seed": 2**64},
+        {"stop": ("a", "")},
+        {"stop": "a"},
+        {"stop": ("a",) * 17},
+        {"stop": (1,)},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logprobs": True},
+    ],
+)
+def test_settings_that_would_fail_later_are_refused_in_one_line(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} ") as caught:
+        SamplingParameters(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_temperatures_too_small_for_float32_are_greedy():
+    assert set(draw(10, temperature=1e-60)) == {1}
+
+
+def test_a_batch_is_sampled_row_by_row():
+    logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    hot = SamplingParameters(temperature=3.0)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    tokens = sample_batch(logits, [SamplingParameters(), SamplingParameters(), hot], generators)
+    assert tokens == [1, 2, sample(LOGITS, hot, torch.Generator().manual_seed(2))]
+
+
+def test_logprobs_are_of_the_logits_themselves_likeliest_first():
+    expected = LOGITS.double().log_softmax(-1)
+    logprob, top = token_logprobs(LOGITS.bfloat16(), 0, 3)
+    assert logprob == pytest.approx(float(expected[0]), abs=1e-6)
+    assert [token for token, _ in top] == [1, 3, 2]
+    assert [value for _, value in top] == pytest.approx(expected[[1, 3, 2]].tolist(), abs=1e-6)
+    assert token_logprobs(LOGITS, 0, None) == (None, []) and token_logprobs(LOGITS, 0, 0)[1] == []
+    assert [token for token, _ in token_logprobs(torch.zeros(4), 0, 4)[1]] == [0, 1, 2, 3]

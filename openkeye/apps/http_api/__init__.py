@@ -1,0 +1,1 @@
+"""The HTTP server behind `openkeye serve`: an API in OpenAI's shape, metrics and a page. Read `application.py` first."""
