@@ -39,7 +39,7 @@ class ErrorEvent:
     """There will be no answer."""
 
     kind: str
-    # "input" (the request's own fault), "full" (refused: it does not fit, or the queue is full), "internal"
+    # "input" (the request's own fault, also one that could never fit), "full" (the queue is: try again later), "internal"
     message: str
     # one line
 

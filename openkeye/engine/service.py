@@ -278,7 +278,7 @@ class EngineService:
             try:
                 self._engine.scheduler.add(outcome)
             except InputError as error:
-                self._settle(ticket, ErrorEvent("full", one_line(error)))
+                self._settle(ticket, ErrorEvent("input", one_line(error)))
                 continue
             outcome.on_token = partial(self._tell_token, ticket)
             ticket.request = outcome

@@ -130,6 +130,7 @@ def test_answers_in_a_mixed_batch_are_decoded_in_pages(monkeypatch):
     calls = []
 
     def decode_in_pages(query, index_query, gates, caches, table, lengths, k, page_size, scale):
+        assert table.shape[0] == lengths.shape[0] == query.shape[0]
         calls.append((query.shape[0], lengths.tolist()))
         rows = []
         for row in range(query.shape[0]):

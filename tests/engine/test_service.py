@@ -323,7 +323,7 @@ def test_a_full_queue_and_requests_that_cannot_fit_are_refused(start, endless):
     running = Caller(service, HELLO, SamplingParameters(max_new_tokens=4000))
     running.has_begun.wait(30)
     large = Caller(service, HELLO, SamplingParameters(max_new_tokens=5000)).wait()
-    assert large.kind == "full" and "cache tokens, the engine has 4,096" in large.message
+    assert large.kind == "input" and "cache tokens, the engine has 4,096" in large.message
     waiting = [Caller(service, HELLO) for _ in range(3)]
     refused = Caller(service, HELLO).wait()
     assert refused == ErrorEvent("full", "the queue holds 3 requests already; try again later")
