@@ -20,7 +20,7 @@ class Answer:
     stage_seconds: dict[str, float]
     # decode_video, encode_vision, prefill, generate
     finish_reason: str
-    # "stop" or "length"
+    # "stop" or "length"; from a service also "cancelled" or "deadline"
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
