@@ -16,6 +16,7 @@ from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.pages import with_cache_tokens
 from openkeye.engine.request import Request
 from openkeye.engine.runner import Runner
 from openkeye.engine.sampler import sample_batch, token_logprobs
@@ -62,8 +63,10 @@ class Engine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.processor = Processor.load(self.model_dir)
-        self.config = config or EngineConfig()
-        self.runner = Runner(load_model(self.model_dir, self.device, dtype), self.config, attention)
+        config = config or EngineConfig()
+        network = load_model(self.model_dir, self.device, dtype, are_experts_e4m3=config.experts == "e4m3")
+        self.config = with_cache_tokens(config, network.config, self.device, dtype, attention)
+        self.runner = Runner(network, self.config, attention)
         self.scheduler = Scheduler(self.config, self.device)
         self.stop_ids = self._read_stop_ids()
 
