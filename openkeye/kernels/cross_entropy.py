@@ -2,7 +2,7 @@
 
 Twin: `reference_learning.cross_entropy`. On a GPU in bfloat16 the logits leave the matrix unit as fp32 and are summed there
 and then (`cross_entropy_tiles`); everywhere else they are made by plain products, in slabs of tokens. Going back, logits are
-made anew for a chunk of the vocabulary, turned into their gradients in place, and multiplied into both gradients with fp32 sums.
+made anew for a chunk of the vocabulary, turned into their gradients in place, and multiplied into both with fp32 sums.
 
 Letters: T tokens, D width, V vocabulary; C entries of a chunk of the vocabulary, R tokens of a block.
 """
