@@ -89,6 +89,7 @@ class Bench:
         room = (self.engine.cache_tokens - self.engine.page_size) // plan.chunk * plan.chunk
         self.longest = min(max(plan.prompt_positions), room)
         self._graphs = {"sparse": self.runner.graphs}
+        self.no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def use(self, attention: str) -> None:
         """The same weights and pages with the other attention."""
@@ -131,17 +132,20 @@ class Bench:
 
     def step(self, requests: Sequence[Request]) -> None:
         """One token of each, as `Engine.run_batch` takes them."""
-        page_size = self.engine.page_size
-        segments = []
-        for request in requests:
-            table = torch.tensor(request.pages) if self.runner.graphs is None else torch.empty(0, dtype=torch.int64)
-            slots = (table[:, None] * page_size + torch.arange(page_size)).flatten()[: request.num_computed + 1]
-            segments.append(Segment(request, request.num_computed, 1, slots.to(self.device)))
+        segments = [Segment(request, request.num_computed, 1, self.slots(request)) for request in requests]
         logits = self.runner.run(Batch(segments))
         tokens = sample_batch(logits, [r.sampling for r in requests], [r.generator for r in requests])
         for request, token in zip(requests, tokens, strict=True):
             request.num_computed += 1
             request.output_ids.append(token)
+
+    def slots(self, request: Request) -> Tensor:
+        """Of its tokens; a captured step asks for none."""
+        if self.runner.graphs is not None:
+            return self.no_slots
+        page_size = self.engine.page_size
+        places = torch.tensor(request.pages)[:, None] * page_size + torch.arange(page_size)
+        return places.flatten()[: request.num_computed + 1].to(self.device)
 
     def decode_ms(self, num_requests: int, length: int) -> float:
         """Median milliseconds of a step."""
@@ -216,14 +220,14 @@ def measure_decode(bench: Bench, results: Results) -> None:
     """By position at the batch that fills the memory there, and by batch at one length."""
     assert bench.engine.cache_tokens is not None
     for length in bench.plan.decode_lengths:
-        room = bench.engine.cache_tokens // (length + 2 * DECODE_STEPS + bench.engine.page_size)
+        room = bench.engine.cache_tokens // (length + bench.engine.page_size)
         num_requests = min(room, bench.engine.max_batch_requests)
         if num_requests < 1 or length > bench.longest:
             continue
         results.decode_batch[length] = num_requests
         for attention in ("sparse", "dense"):
             bench.use(attention)
-            results.decode_ms[attention][length] = bench.decode_ms(num_requests, length) / num_requests
+            results.decode_ms[attention][length] = bench.decode_ms(num_requests, length - DECODE_STEPS) / num_requests
     bench.use("sparse")
     for num_requests in bench.plan.batches:
         results.batch_ms[num_requests] = bench.decode_ms(num_requests, bench.plan.batch_length)
@@ -281,7 +285,7 @@ def say(results: Results, plan: Plan) -> list[str]:
         )
     lines += [
         "",
-        f"distinct keys of 16 neighbours: " + ", ".join(f"{size:.0f} at {at}" for at, size in results.unions.items()),
+        "distinct keys of 16 neighbours: " + ", ".join(f"{size:.0f} at {at}" for at, size in results.unions.items()),
         f"prompt of {max(results.prefill_ms['sparse'], default=0)} tokens: first token after {results.first_token_seconds:.2f} s, "
         f"peak {results.extra_bytes / 2**30:.2f} GiB above weights and caches",
         f"{results.cache_tokens} tokens of cache; memory {results.memory_tbps:.2f} TB/s",

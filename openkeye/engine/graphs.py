@@ -15,12 +15,12 @@ from torch import Tensor
 from openkeye.engine.decode import DecodePast, DecodeRows
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
-from openkeye.kernels.dispatch import decode_scratch
+from openkeye.kernels.dispatch import can_attend_in_pages, can_decode_in_pages, decode_scratch
 from openkeye.model.keye import KeyeModel
 
-FEW_ROWS = (1, 2, 4, 8)
-ROW_STEP = 8
-# rows of the graphs: 1, 2, 4 and whole steps
+FEW_ROWS, ROW_STEP = 8, 4
+# A row that pads reads its experts' weights too: there is a graph for every number of rows up to the first, and then for whole
+# steps.
 MIN_DENSE_PAGES = 64
 # of dense attention's shortest graph; longer ones double
 COLUMNS = 6
@@ -70,13 +70,14 @@ class DecodeGraphs:
     def run(self, rows: Sequence[StepRow]) -> Tensor:
         """Logits of the next tokens, [B, V], valid until the next call."""
         assert 0 < len(rows) <= self._max_rows
+        staged = self._staged_BC.numpy()
         for number, row in enumerate(rows):
             self._write_pages(number, row.request)
             numbers = (row.token, row.position, row.position, row.position, row.slot, row.length)
-            self._staged_BC[number] = torch.tensor(numbers)
+            staged[number] = numbers
         num_rows = num_graph_rows(len(rows), self._max_rows)
         # Rows that pad write nowhere and attend to nothing.
-        self._staged_BC[len(rows) : num_rows] = torch.tensor((0, 0, 0, 0, -1, 0))
+        staged[len(rows) : num_rows] = (0, 0, 0, 0, -1, 0)
         self._numbers_BC[:num_rows].copy_(self._staged_BC[:num_rows], non_blocking=True)
         captured = self._captured(num_rows, self._num_pages(max(row.length for row in rows)))
         captured.graph.replay()
@@ -131,8 +132,18 @@ def _capture(step: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGrap
     return graph, output
 
 
+def can_capture(model: KeyeModel, caches: PagedCaches, attention: str) -> bool:
+    """Whether kernels serve a step's attention: a plain twin waits for the device, and a graph cannot hold that."""
+    config, like = model.config, model.model.embed_tokens.weight
+    if not like.is_cuda:
+        return False
+    query = like.new_empty(1, config.num_attention_heads, config.head_dim)
+    if attention == "dense":
+        return can_attend_in_pages(query, caches.layer(0))
+    index_query = like.new_empty(1, config.indexer.num_heads, config.indexer.head_dim)
+    return can_decode_in_pages(query, index_query, caches.layer(0), config.indexer.top_k)
+
+
 def num_graph_rows(num_rows: int, max_rows: int) -> int:
     """Rows of the smallest graph that serves these."""
-    few = [count for count in FEW_ROWS if count >= num_rows]
-    wanted = few[0] if few else -(-num_rows // ROW_STEP) * ROW_STEP
-    return min(wanted, max_rows)
+    return num_rows if num_rows <= FEW_ROWS else min(-(-num_rows // ROW_STEP) * ROW_STEP, max_rows)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
-from openkeye.engine.graphs import DecodeGraphs, StepRow
+from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Picture, Request
 from openkeye.engine.vision_cache import VisionCache
@@ -27,7 +27,7 @@ class Runner:
         self.device, self.dtype = embeddings.device, embeddings.dtype
         self.caches = PagedCaches(model.config, config, self.device, self.dtype, has_index=attention == "sparse")
         self.graphs: DecodeGraphs | None = None
-        if config.has_graphs and self.device.type == "cuda":
+        if config.has_graphs and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
             self.graphs = DecodeGraphs(model, self.caches, attention, config.max_batch_requests, longest)
