@@ -359,8 +359,9 @@ def experts(
     expert_ids_TK: Tensor,
     gate_up_scale_EF: Tensor | None = None,
     down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
 ) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference.experts`; kernels work in blocks whose size the number of tokens alone decides."""
     tensors = (x_TD, gate_up_EDF, down_EFD, weights_TK, expert_ids_TK, gate_up_scale_EF, down_scale_ED)
     if can_be_fast(x_TD):
         from openkeye.kernels.experts import experts as fast_experts
@@ -368,4 +369,4 @@ def experts(
         alike = (x_TD, gate_up_EDF, down_EFD) if gate_up_scale_EF is None else (x_TD,)
         if serves("experts", alike, True, "tokens and projections of any shape"):
             return fast_experts(*tensors)
-    return reference.experts(*tensors)
+    return reference.experts(*tensors, has_fixed_blocks)

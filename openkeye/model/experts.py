@@ -32,6 +32,8 @@ class MixtureOfExperts(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.has_fixed_blocks = False
+        # see `reference.experts`; answers that must not depend on their company set it
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
@@ -43,4 +45,5 @@ class MixtureOfExperts(nn.Module):
             self.router_logits = logits
         picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
         own = self.experts
-        return experts(x_TD, own.gate_up_proj, own.down_proj, *picks, own.gate_up_scale, own.down_scale)
+        scales = (own.gate_up_scale, own.down_scale)
+        return experts(x_TD, own.gate_up_proj, own.down_proj, *picks, *scales, self.has_fixed_blocks)
