@@ -51,8 +51,8 @@ def test_company_changes_no_bit(chats, options):
 
 
 def test_neither_a_known_prefix_nor_lost_pages_change_a_bit(chats):
-    engine, small = Engine(config=config()), Engine(config=config(cache_tokens=640))
-    texts = chats[:4]
+    engine, small = Engine(config=config()), Engine(config=config(cache_tokens=16 * 7))
+    texts = [chats[0], chats[3], chats[0]]
     alone = [run(engine, [messages])[0][0] for messages in texts]
     # The second time full pages of some prompts are known.
     events, num_preemptions = zip(*(run(small, texts) for _ in range(2)), strict=True)
