@@ -20,7 +20,7 @@ import openai
 import PIL.Image
 import pytest
 
-from tests.apps.server_process import ANSWER, DEMO, MODEL, QUESTION, ROOT, ServerProcess, question, serving
+from tests.apps.server_process import ANSWER, DEMO, MODEL, QUESTION, ROOT, ServerProcess, endless_model, question, serving
 
 KEY = "sk-first"
 
@@ -64,11 +64,7 @@ def official(server: ServerProcess) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model without a token that ends its answers: they are as long as they may be."""
-    folder = tmp_path_factory.mktemp("endless") / MODEL
-    shutil.copytree(ROOT / "openkeye" / "checkpoints" / MODEL, folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
-    return folder
+    return endless_model(tmp_path_factory.mktemp("endless"))
 
 
 def ask(client: httpx.Client, body: dict[str, object]) -> httpx.Response:

@@ -310,11 +310,11 @@ def test_interrupts_and_errors_of_the_device_end_the_thread_and_every_request(st
         raise error
 
     monkeypatch.setattr(service._engine.runner, "run", fail)
-    assert caller.wait() == other.wait() == ErrorEvent("internal", "the engine died")
+    assert caller.wait() == other.wait() == ErrorEvent("stopped", "the engine died")
     service._thread.join(10)
     assert not service.is_alive
     late = Caller(service, HELLO)
-    assert late.events == [ErrorEvent("internal", "the engine is not running")]
+    assert late.events == [ErrorEvent("stopped", "the engine is not running")]
     slow.may_go_on.set()
 
 
@@ -356,15 +356,15 @@ def test_stop_ends_what_is_open_and_refuses_what_comes(start, endless, monkeypat
     encoding = Caller(service, video_chat(DEMO))
     slow.has_begun.wait(30)
     service.stop()
-    assert running.wait() == encoding.wait() == ErrorEvent("internal", "the engine is shutting down")
-    assert not service.is_alive and Caller(service, HELLO).wait().kind == "internal"
+    assert running.wait() == encoding.wait() == ErrorEvent("stopped", "the engine is shutting down")
+    assert not service.is_alive and Caller(service, HELLO).wait().kind == "stopped"
     slow.may_go_on.set()
     assert all_pages_are_accounted_for(service._engine)
 
 
 def test_a_service_that_was_not_started_refuses(video):
     service = EngineService(Engine())
-    assert not service.is_alive and Caller(service, HELLO).wait().kind == "internal"
+    assert not service.is_alive and Caller(service, HELLO).wait().kind == "stopped"
     service.stop()
 
 

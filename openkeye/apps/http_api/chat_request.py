@@ -61,6 +61,8 @@ class FunctionCall(_Checked):
 
 class ToolCall(_Checked):
     id: str | None = None
+    index: int | None = None
+    # (of a chunk: clients that put a streamed call together may leave it in)
     type: Literal["function"] = "function"
     function: FunctionCall
 
