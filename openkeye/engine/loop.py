@@ -184,11 +184,20 @@ class Engine:
         template_options: what the chat template is given beside the messages.
 
         Raises:
-            InputError: unreadable media, or a prompt past the model's context.
+            InputError: unreadable media, or a prompt past the model's context or the cache; then nothing was decoded.
         """
         start = time.monotonic()
-        num_reserved = min(sampling.max_new_tokens, 64)
-        prompt = encode(messages, self.processor, num_reserved_tokens=num_reserved, on_progress=on_decoded, **template_options)
+        context, cache = self.processor.max_tokens, self.scheduler.pool.num_pages * self.config.page_size
+        # An answer is cut where the context ends, but one that the cache cannot hold whole is never begun.
+        is_cache_less = context is None or cache < context
+        prompt = encode(
+            messages,
+            self.processor,
+            num_reserved_tokens=sampling.max_new_tokens if is_cache_less else min(sampling.max_new_tokens, 64),
+            max_tokens=cache if is_cache_less else context,
+            on_progress=on_decoded,
+            **template_options,
+        )
         request = self._request(prompt, sampling)
         request.stage_seconds["decode_video"] = time.monotonic() - start
         return request

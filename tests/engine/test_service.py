@@ -1,16 +1,19 @@
 """Many callers at once: each gets its own answer in order, and what goes wrong with one ends that one."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from openkeye.engine import service as service_module
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.engine.service import EngineService, ErrorEvent, Event, FinishEvent, Ticket, TokenEvent
+from openkeye.inputs import encode as encode_module
 from openkeye.inputs.processor import BUNDLED_DIR
 from tests.engine.test_loop import QUESTIONS, all_pages_are_accounted_for, chat
 
@@ -323,7 +326,7 @@ def test_a_full_queue_and_requests_that_cannot_fit_are_refused(start, endless):
     running = Caller(service, HELLO, SamplingParameters(max_new_tokens=4000))
     running.has_begun.wait(30)
     large = Caller(service, HELLO, SamplingParameters(max_new_tokens=5000)).wait()
-    assert large.kind == "input" and "cache tokens, the engine has 4,096" in large.message
+    assert large.kind == "input" and "the engine's cache holds 4,096: ask for at most 4,078 tokens" in large.message
     waiting = [Caller(service, HELLO) for _ in range(3)]
     refused = Caller(service, HELLO).wait()
     assert refused == ErrorEvent("full", "the queue holds 3 requests already; try again later")
@@ -331,6 +334,19 @@ def test_a_full_queue_and_requests_that_cannot_fit_are_refused(start, endless):
     assert (stats.num_running, stats.num_waiting) == (1, 3)
     running.ticket.cancel()
     assert all(isinstance(caller.wait(), FinishEvent) for caller in waiting)
+
+
+def test_what_the_cache_cannot_hold_is_refused_before_its_media_are_decoded(start, monkeypatch):
+    for name in ("read_request", "open_image"):
+        monkeypatch.setattr(encode_module, name, lambda *arguments: pytest.fail("decoded"))
+    service = start(EngineConfig(cache_tokens=256))
+    picture = PIL.Image.new("RGB", (200, 200))
+    for content in ([{"type": "video", "video": str(DEMO)}], [{"type": "image", "image": picture}] * 20):
+        refused = Caller(service, [{"role": "user", "content": content}]).wait()
+        assert refused.kind == "input" and re.search(
+            r"has [3-9]\d\d tokens .* may take 8; .* cache holds 256: take fewer", refused.message
+        )
+    assert Caller(service, HELLO, SamplingParameters(max_new_tokens=256 - 18)).wait().num_output_tokens
 
 
 def test_few_requests_are_encoded_ahead_of_those_that_run(start, endless, monkeypatch):
