@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from openkeye.inputs.sampling import ImageLimits, smart_resize
 
 MAX_DECODED_PIXELS = 134_217_728
 # 11,585 x 11,585, up to 2 GB while transparency is laid on white; a file that claims more is refused before it is unpacked
+
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+# The library's own limit warns at two thirds of ours.
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # What the library also opens may start other programs (EPS) or hides pictures of any size in old containers.

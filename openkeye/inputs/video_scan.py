@@ -24,8 +24,8 @@ LONGEST_BROADCAST_GAP_SECONDS = 60
 
 MAX_FRAMES = 1 << 21
 # 19 hours of 30 a second
-MAX_FRAME_PIXELS = 1 << 26
-# 8192 x 8192; a decoder holds up to 17 of them
+MAX_FRAME_PIXELS = 8192 * 4608
+# 8K in every form; a decoder holds up to 17 such frames
 MAX_CHEAP_PIXELS = 1 << 35
 MAX_PIXELS_PER_BYTE = 1 << 18
 # Of longer videos. A still picture in 4K keeps below: 8 million pixels take at least some 40 bytes a frame. What is packed
