@@ -8,12 +8,13 @@ open end with an ErrorEvent of kind "stopped", new ones too until a new worker i
 import contextlib
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Pipe
 from typing import Any
@@ -41,6 +42,9 @@ LONGEST_WAIT_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 # a worker that lived so long did not die of what its predecessor died of
 MAX_FAILED_STARTS = 5
+LATE_SECONDS = 120.0
+# behind a request's deadline, after which a worker that has not ended it hangs
+WATCH_SECONDS = 1.0
 STATS_SECONDS = 2.0
 # in which a worker is to say how it is
 END_SECONDS = 5.0
@@ -85,7 +89,11 @@ class _Process:
 class _RemoteTicket(Ticket):
     """A request whose number the worker knows."""
 
-    number: int
+    def __init__(self, on_event: OnEvent, on_cancel: Callable[[Ticket], None], number: int, deadline: float) -> None:
+        """deadline: on the monotonic clock, seconds."""
+        super().__init__(on_event, on_cancel)
+        self.number = number
+        self.deadline = deadline
 
 
 class WorkerService:
@@ -111,6 +119,7 @@ class WorkerService:
         # to questions about stats: None while they are awaited
         self._totals = NO_STATS
         self._thread = threading.Thread(target=self._supervise, name="openkeye-worker", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="openkeye-watch", daemon=True)
 
     def start(self) -> None:
         """Start the worker and wait until its engine is open; once in a service's life.
@@ -119,6 +128,7 @@ class WorkerService:
             InputError: the engine cannot be opened; the worker's own words, or how it ended.
         """
         self._thread.start()
+        self._watcher.start()
         with self._changed:
             self._changed.wait_for(lambda: self._is_ready or self._has_given_up)
             if self._has_given_up:
@@ -160,8 +170,8 @@ class WorkerService:
         if deadline_seconds is not None and not deadline_seconds >= 0:
             raise InputError(f"deadline_seconds is {deadline_seconds}; give seconds from 0 on, or None")
         options = {"deadline_seconds": deadline_seconds, "template_options": template_options}
-        ticket = _RemoteTicket(on_event, self._cancel)
-        ticket.number = next(self._numbers)
+        deadline = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
+        ticket = _RemoteTicket(on_event, self._cancel, next(self._numbers), deadline)
         submission = Submission(ticket.number, messages, sampling, options)
         with self._changed:
             if self.is_alive and self._worker is not None:
@@ -197,6 +207,16 @@ class WorkerService:
         with self._changed:
             if ticket.number in self._open and self._worker is not None:
                 self._worker.pipe.put(Cancellation(ticket.number))
+
+    def _watch(self) -> None:
+        """On a thread of its own: kill a worker that hangs, which is known from requests that it does not end in time."""
+        with self._changed:
+            while not self._is_stopping and not self._has_given_up:
+                self._changed.wait(WATCH_SECONDS)
+                latest = time.monotonic() - LATE_SECONDS
+                if self._worker is not None and any(ticket.deadline < latest for ticket in self._open.values()):
+                    logger.error("the engine hangs: a request is open %g s after its deadline", LATE_SECONDS)
+                    self._worker.process.kill()
 
     # On the supervising thread.
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from tests.apps.server_process import (
     ANSWER,
     DEMO,
     MODEL,
+    ROOT,
     ServerProcess,
     endless_model,
     is_running,
@@ -79,6 +82,16 @@ def test_an_answer_that_is_not_streamed_ends_with_503_when_the_worker_dies(tmp_p
         asking.join(10)
     assert got[0].status_code == 503 and "the engine died" in got[0].json()["error"]["message"]
     assert int(got[0].headers["retry-after"]) > 0
+
+
+def test_what_the_worker_cannot_open_is_told_in_one_line(tmp_path):
+    model = endless_model(tmp_path)
+    (model / "model.safetensors").unlink()
+    command = [sys.executable, "-m", "openkeye.apps.commands", "serve", "--port", "0", "--model", str(model)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 2 and f"openkeye serve: {model}" in result.stderr and result.stderr.count("\n") == 1, (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -122,6 +122,18 @@ def test_a_killed_worker_fails_what_was_open_and_another_takes_over(start, caplo
     ]
 
 
+def test_a_worker_that_hangs_is_replaced(start, monkeypatch, caplog):
+    monkeypatch.setattr(worker_service_module, "LATE_SECONDS", 1.0)
+    service = start(open_endless)
+    caller = Caller(service, HELLO, LONG, deadline_seconds=0.5)
+    assert caller.has_begun.wait(30)
+    service._worker.process.send_signal(signal.SIGSTOP)
+    assert caller.wait() == ErrorEvent("stopped", "the engine died; ask again in a moment")
+    assert "hangs" in caplog.records[0].getMessage()
+    wait_for(lambda: service.is_alive)
+    assert Caller(service, HELLO).wait().num_output_tokens == 8
+
+
 def test_it_is_given_up_when_it_cannot_be_started_again(start, tmp_path, caplog):
     folder = tmp_path / "model"
     folder.mkdir()
