@@ -320,6 +320,8 @@ class EngineService:
         if ticket.request is not None:
             self._engine.scheduler.remove(ticket.request)
             del self._ticket_of[ticket.request]
+            # The two know each other. Cut apart, it goes now with its megabytes of pixels, and not when the circle is found.
+            ticket.request.on_token, ticket.request = None, None
         with self._changed:
             del self._open[ticket]
             self._pending = deque(item for item in self._pending if item[0] is not ticket)

@@ -1,8 +1,10 @@
 """Many callers at once: each gets its own answer in order, and what goes wrong with one ends that one."""
 
+import gc
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -376,6 +378,27 @@ def test_stop_ends_what_is_open_and_refuses_what_comes(start, endless, monkeypat
     assert not service.is_alive and Caller(service, HELLO).wait().kind == "stopped"
     slow.may_go_on.set()
     assert all_pages_are_accounted_for(service._engine)
+
+
+def test_a_request_that_has_ended_is_gone_at_once_with_its_pixels(start, monkeypatch):
+    service, prepare = start(), Engine.prepare
+    made: list[weakref.ref] = []
+
+    def prepare_and_note(*arguments, **options):
+        request = prepare(*arguments, **options)
+        made.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr(Engine, "prepare", prepare_and_note)
+    gc.disable()
+    try:
+        callers = [Caller(service, video_chat(DEMO)), Caller(service, HELLO)]
+        assert all(isinstance(caller.wait(), FinishEvent) for caller in callers) and is_idle(service)
+        # (the engine's thread lets its last batch go when the next one comes)
+        Caller(service, HELLO).wait()
+        assert is_idle(service) and [ref() for ref in made[:2]] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_service_that_was_not_started_refuses(video):

@@ -108,6 +108,9 @@ class ChatEndpoint:
         messages = await self._messages(chat)
         events = EventQueue(arrived, self.metrics)
         ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds, options)
+        # While the answer is written, nobody here needs its data URLs.
+        del messages
+        chat.messages.clear()
         watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
         try:
             response = await self._response(chat, events)
