@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns 0.
+    """Serve until SIGTERM or Ctrl-C; returns 0, or 1 where the engine died and cannot be started any more.
+
+    The engine runs in a process of its own (`WorkerService`); this one answers HTTP, whatever becomes of that.
 
     Raises:
         InputError: an option makes no sense, a file or the model is missing, or the port is taken.
@@ -61,23 +64,24 @@ def run(arguments: argparse.Namespace) -> int:
     from openkeye.apps.http_api.application import make_application
     from openkeye.apps.http_api.keys import read_keys
     from openkeye.apps.http_api.server import listen, run_server
-    from openkeye.engine.service import EngineService
+    from openkeye.engine.worker_service import WorkerService
+    from openkeye.inputs.processor import Processor
 
     # What is quick to find out is told before the model is loaded.
     limits, rules = _limits(arguments), _media_rules(arguments)
     keys = None if arguments.api_key_file is None else read_keys(arguments.api_key_file)
     listener = listen(arguments.host, arguments.port)
-    engine = engine_from(arguments)
-    name = arguments.model_name or engine.model_dir.resolve().name
-    service = EngineService(engine, max_queue=arguments.max_queue)
-    service.start()
+    processor = Processor.load(arguments.model)
+    name = arguments.model_name or processor.model_dir.resolve().name
+    service = WorkerService(partial(engine_from, arguments), max_queue=arguments.max_queue)
     try:
-        application = make_application(service, engine.processor, name, rules, limits, keys)
+        service.start()
+        application = make_application(service, processor, name, rules, limits, keys)
         _tell(arguments, name, listener)
-        run_server(application, listener, arguments.grace_seconds, service.stop, arguments.log_requests)
+        run_server(application, listener, arguments.grace_seconds, service, arguments.log_requests)
     finally:
         service.stop()
-    return 0
+    return int(service.has_given_up)
 
 
 def _limits(arguments: argparse.Namespace) -> "ServerLimits":
