@@ -5,7 +5,7 @@ tokens; B segments of one token, P pages of the longest.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 
 import torch
@@ -46,6 +46,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.count for segment in self.segments)
 
+    @property
+    def keeps_evidence(self) -> bool:
+        return any(segment.request.evidence is not None for segment in self.segments)
+
     @cached_property
     def singles(self) -> list[Segment]:
         """The leading segments of one token: rows [0, B) of the batch, which attention decodes together."""
@@ -62,13 +66,22 @@ class Batch:
 class PagedPast:
     """The past of a batch: writes new keys to their pages, selects per query over its own sequence, attends."""
 
-    def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int, dense_up_to: int | None = None) -> None:
-        """dense_up_to: see `EngineConfig.dense_up_to`."""
+    def __init__(
+        self,
+        batch: Batch,
+        caches: PagedCaches,
+        attention: str,
+        top_k: int,
+        dense_up_to: int | None = None,
+        keeps_evidence: bool = False,
+    ) -> None:
+        """dense_up_to: see `EngineConfig.dense_up_to`. keeps_evidence: whether requests may ask what their answers rest on."""
         self.batch = batch
         self.caches = caches
         self.attention = attention
         self.top_k = top_k
         self.dense_up_to = top_k if dense_up_to is None else dense_up_to
+        self.keeps_evidence = keeps_evidence
         self.new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
 
     @cached_property
@@ -116,6 +129,13 @@ class PagedPast:
         keys_SI = self.caches.index_keys[layer_index].index_select(0, segment.slots_S)
         return indexer_select(index.query_TJI[rows], index.gates_TJ[rows], keys_SI, self.top_k, positions_T)
 
+    def _keep_evidence(self, layer_index: int, segment: Segment, query_HD: Tensor, picked_K: Tensor | None) -> None:
+        """Of a segment's last token, where it chooses a token of the answer. picked_K: None where it sees all."""
+        if not self.keeps_evidence or segment.request.evidence is None:
+            return
+        if segment.start + segment.count == segment.request.num_known:
+            segment.request.evidence.add(query_HD, self.caches.keys[layer_index], segment.slots_S, picked_K)
+
     def _attend_segment(
         self, layer_index: int, segment: Segment, rows: slice, query_THD: Tensor, index: IndexerOutput
     ) -> Tensor:
@@ -124,7 +144,7 @@ class PagedPast:
         values = self.caches.values[layer_index].index_select(0, segment.slots_S)
         scale, positions = query_THD.shape[-1] ** -0.5, _positions(segment)
         num_dense = self._num_dense(segment)
-        outputs = []
+        outputs, picked = [], None
         if num_dense:
             # Dense attention asks that the queries be the last of the keys.
             end = segment.start + num_dense
@@ -133,13 +153,13 @@ class PagedPast:
             rest = slice(rows.start + num_dense, rows.stop)
             indices = self._select(layer_index, segment, rest, index, positions[num_dense:])
             outputs.append(sparse_attention(query_THD[num_dense:], keys, values, indices, scale))
+            picked = indices[-1]
+        self._keep_evidence(layer_index, segment, query_THD[-1], picked)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
         """One token a request, [B, H, D]: from the pages, but for requests whose `dense_up_to` is more than is picked there."""
-        widened = [
-            number for number, segment in enumerate(self.batch.singles) if self.top_k <= segment.start < self.dense_up_to
-        ]
+        widened = [number for number, segment in enumerate(self.batch.singles) if self._is_widened(segment)]
         if len(widened) < len(self.batch.singles):
             attended = self._decode_picked(layer_index, query_THD, index)
         else:
@@ -149,14 +169,24 @@ class PagedPast:
             attended[row] = self._attend_segment(layer_index, self.batch.singles[number], row, query_THD[row], index)
         return attended
 
+    def _is_widened(self, segment: Segment) -> bool:
+        return self.top_k <= segment.start < self.dense_up_to
+
+    def _keep_decoded(self, layer_index: int, query_BHD: Tensor, picked_BK: Tensor | list[Tensor]) -> None:
+        """The evidence of those singles whose way is `_decode_picked`."""
+        for segment, query_HD, picked_K in zip(self.batch.singles, query_BHD, picked_BK, strict=True):
+            if not self._is_widened(segment):
+                self._keep_evidence(layer_index, segment, query_HD, picked_K)
+
     def _decode_picked(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
         """Picked keys are read straight from the pages, the rest of the context never moves."""
         keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
         scale = query_THD.shape[-1] ** -0.5
         if can_decode_in_pages(query_THD, index.query_TJI, keys, self.top_k, self.caches.page_size):
             queries, caches = (query_THD, index.query_TJI, index.gates_TJ), (keys, values, self.caches.index_keys[layer_index])
-            return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale)
-        outputs = []
+            keep = partial(self._keep_decoded, layer_index, query_THD) if self.keeps_evidence else None
+            return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale, keep)
+        outputs, picked = [], []
         for number, segment in enumerate(self.batch.singles):
             row = slice(number, number + 1)
             indices = self._select(layer_index, segment, row, index, _positions(segment))
@@ -164,6 +194,9 @@ class PagedPast:
             slots = segment.slots_S[indices[0].clamp_min(0).long()]
             places = torch.where(indices < 0, -1, torch.arange(indices.shape[1], device=indices.device)).int()
             outputs.append(sparse_attention(query_THD[row], keys[slots], values[slots], places, scale))
+            picked.append(indices[0])
+        if self.keeps_evidence:
+            self._keep_decoded(layer_index, query_THD, picked)
         return torch.cat(outputs)
 
 

@@ -41,7 +41,7 @@ class Runner:
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
         top_k = self.model.config.indexer.top_k
-        past = PagedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to)
+        past = PagedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to, batch.keeps_evidence)
         return self.model(embeds, positions.to(self.device), past)
 
     def _positions(self, segment: Segment) -> Tensor:

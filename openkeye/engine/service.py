@@ -60,9 +60,17 @@ class Abandoned(Exception):
 class Ticket:
     """One submitted request, in its caller's hands."""
 
-    def __init__(self, sampling: SamplingParameters, on_event: OnEvent, deadline: float, on_cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParameters,
+        on_event: OnEvent,
+        deadline: float,
+        on_cancel: Callable[[], None],
+        keeps_evidence: bool = False,
+    ) -> None:
         """deadline: on the monotonic clock, seconds."""
         self.sampling = sampling
+        self.keeps_evidence = keeps_evidence
         self.deadline = deadline
         self.request: Request | None = None
         # from the end of its encoding on
@@ -138,6 +146,7 @@ class EngineService:
         sampling: SamplingParameters,
         on_event: OnEvent,
         deadline_seconds: float | None = None,
+        evidence: bool = False,
     ) -> Ticket:
         """Ask for an answer; returns at once.
 
@@ -148,6 +157,7 @@ class EngineService:
                 engine's thread: it must be quick, and may cancel or submit. Only where the service is not alive, the one
                 ErrorEvent comes from within this call.
             deadline_seconds: from now on; an answer that is not whole by then ends as it is, finish_reason "deadline".
+            evidence: whether the answer tells what it rests on (`Answer.evidence`).
 
         Raises:
             InputError: a deadline that is no time from now on.
@@ -155,7 +165,7 @@ class EngineService:
         if deadline_seconds is not None and not deadline_seconds >= 0:
             raise InputError(f"deadline_seconds is {deadline_seconds}; give seconds from 0 on, or None")
         deadline = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
-        ticket = Ticket(sampling, on_event, deadline, self._wake)
+        ticket = Ticket(sampling, on_event, deadline, self._wake, evidence)
         with self._changed:
             if self.is_alive:
                 is_full = len(self._open) - len(self._engine.scheduler.running) >= self._max_queue
@@ -211,7 +221,7 @@ class EngineService:
                 raise Abandoned
 
         check(0, 0)
-        return self._engine.prepare(messages, ticket.sampling, on_decoded=check)
+        return self._engine.prepare(messages, ticket.sampling, on_decoded=check, evidence=ticket.keeps_evidence)
 
     def _take_encoded(self, ticket: Ticket, future: "Future[Request]") -> None:
         """Hand an encoding's outcome to the engine thread, whatever it is."""

@@ -14,6 +14,7 @@ said once. In float32 kernels multiply in full precision, as the twins do. They 
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -152,8 +153,12 @@ def decode_in_pages(
     k: int,
     page_size: int,
     scale: float,
+    on_picked: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """`sparse_decode.sparse_select_decode` with buffers of its own; caches: keys [S, G, D], values, index keys [S, I]."""
+    """`sparse_decode.sparse_select_decode` with buffers of its own; caches: keys [S, G, D], values, index keys [S, I].
+
+    on_picked: called with the picked positions [B, k] int32, -1 for none.
+    """
     from openkeye.kernels.indexer_decode import indexer_decode
     from openkeye.kernels.sparse_decode import sparse_decode
     from openkeye.kernels.top_k import top_k_positions
@@ -161,6 +166,8 @@ def decode_in_pages(
     pages = (page_table_BP, lengths_B, page_table_BP.shape[1] * page_size)
     scores_BL = indexer_decode(index_query_BJI, gates_BJ, caches[2], *pages, page_size=page_size)
     picked_BK = top_k_positions(scores_BL, k, lengths_B)
+    if on_picked is not None:
+        on_picked(picked_BK)
     return sparse_decode(query_BHD, caches[0], caches[1], picked_BK, scale, page_table_BP, page_size)
 
 

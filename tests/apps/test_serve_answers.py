@@ -29,7 +29,7 @@ class ScriptedService:
         self.messages: list[dict] = []
         self.num_cancelled = 0
 
-    def submit(self, messages, sampling, on_event, deadline_seconds=None):
+    def submit(self, messages, sampling, on_event, deadline_seconds=None, evidence=False):
         self.messages = messages
         for number, piece in enumerate(self.pieces):
             on_event(TokenEvent(number, piece, -1.0, []))
@@ -123,9 +123,9 @@ def test_turns_with_tools_reach_the_template():
 def test_errors_of_the_engine_have_their_status(error, is_alive, status):
     service = ScriptedService([], error=error)
 
-    def submit(*arguments):
+    def submit(*arguments, **options):
         service.is_alive = is_alive
-        return ScriptedService.submit(service, *arguments)
+        return ScriptedService.submit(service, *arguments, **options)
 
     service.submit = submit
     for is_streamed in (False, True):
@@ -161,7 +161,7 @@ def test_a_deadline_cuts_an_answer_or_refuses_it():
 
 def test_logprobs_of_the_impossible_are_json():
     service = ScriptedService(["a"])
-    service.submit = lambda messages, sampling, on_event, deadline: (
+    service.submit = lambda messages, sampling, on_event, deadline, evidence: (
         on_event(TokenEvent(1, "a", float("-inf"), [(2, -0.5)])),
         on_event(FinishEvent("a", "stop", 1, 0, 1, Answer("a", [], 1, 0, 1, 0, 0.0, {}, "stop"))),
         SimpleNamespace(cancel=lambda: None),

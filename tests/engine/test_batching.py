@@ -129,7 +129,7 @@ def test_answers_in_a_mixed_batch_are_decoded_in_pages(monkeypatch):
     """Where the kernels serve; here their twins stand in."""
     calls = []
 
-    def decode_in_pages(query, index_query, gates, caches, table, lengths, k, page_size, scale):
+    def decode_in_pages(query, index_query, gates, caches, table, lengths, k, page_size, scale, on_picked):
         assert table.shape[0] == lengths.shape[0] == query.shape[0]
         calls.append((query.shape[0], lengths.tolist()))
         rows = []

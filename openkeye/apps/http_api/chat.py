@@ -100,7 +100,7 @@ class ChatEndpoint:
         sampling = chat.sampling(self.limits.max_answer_tokens, self.limits.default_answer_tokens)
         messages = await self._messages(chat)
         events = EventQueue(arrived, self.metrics)
-        ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds)
+        ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds, evidence=bool(chat.evidence))
         watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
         try:
             response = await self._response(chat, events)
