@@ -170,6 +170,8 @@ def test_on_a_phone_in_light_and_dark(server, scheme):
         assert is_in_width(page)
         ask_about_the_demo(page)
         assert is_in_width(page)
+        place = "document.getElementById('answer').getBoundingClientRect()"
+        assert page.evaluate(f"{place}.top >= 0 && {place}.bottom <= innerHeight"), "the evidence pushed the answer away"
         contrasts = dict(page.evaluate(CONTRASTS))
         assert {"OpenKeye", "Evidence", "Strongest moments", "attention", "8.3"} <= set(contrasts)
         assert min(contrasts.values()) >= 4.5, sorted(contrasts.items(), key=lambda item: item[1])[:5]

@@ -231,6 +231,7 @@ MALFORMED: list[tuple[object, int, str]] = [
     (question(logprobs=True, top_logprobs=21), 400, "top_logprobs"),
     (question(stream_options={"include_usage": True}), 400, "needs stream"),
     (question(temprature=1), 400, "temprature"),
+    (question(evidence="yes"), 400, "evidence"),
     (question(tool_choice="required"), 400, "cannot be forced"),
     (question(tools=[{"type": "function", "function": {"name": "f"}}]), 400, "tools"),
     (message(parts_of("../secret.mp4")), 400, "no such file below the media folder"),
@@ -286,6 +287,31 @@ def test_malformed_requests_get_a_reason_and_change_nothing(client, media):
         assert reason in error["message"] and "\n" not in error["message"], (reason, error)
         assert set(error) == {"message", "type", "param", "code"} and str(media) not in error["message"]
     assert ask(client, question()).json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_evidence_comes_where_it_is_asked_for(client):
+    plain, asked = (ask(client, question(**options)).json() for options in ({}, {"evidence": True}))
+    assert "evidence" not in plain and asked["choices"][0]["message"] == plain["choices"][0]["message"]
+    (video,) = asked["evidence"]
+    assert video["video"] == 0 and video["is_selective"] and 0.2 < video["share"] < 0.4 and 0.4 < video["weight"] < 0.8
+    times = [moment["seconds"] for moment in video["moments"]]
+    assert len(times) == asked["openkeye"]["num_frames"] == 29 and times == sorted(times)
+    # 13 queries, whose last wrote the end, in 6 layers.
+    for moment in video["moments"]:
+        assert moment["share"] == pytest.approx(moment["count"] / (13 * 6 * moment["num_tokens"]), abs=1e-6)
+    (first, last) = asked["openkeye"]["intervals_seconds"][0]
+    heaviest = max(video["moments"], key=lambda moment: moment["weight"])
+    assert first <= heaviest["seconds"] <= last
+    assert ask(client, message("Hello") | {"evidence": True, "max_tokens": 4}).json()["evidence"] == []
+
+
+def test_the_official_client_takes_evidence(official):
+    whole = official.chat.completions.create(**question(), extra_body={"evidence": True})
+    assert whole.choices[0].message.content == ANSWER and len(whole.evidence[0]["moments"]) == 29
+    chunks = list(official.chat.completions.create(**question(), stream=True, extra_body={"evidence": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    told = [chunk.evidence for chunk in chunks if getattr(chunk, "evidence", None)]
+    assert told == [whole.evidence] and chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_the_official_client_knows_our_errors(official):

@@ -120,8 +120,17 @@ async function* eventsOf(response) {
   }
 }
 
+/** What grows or goes above the answer must not move it away from who reads it (browsers that do this by themselves are told not to). */
+function keepAnswerInPlace(change) {
+  const place = () => byId("reply").getBoundingClientRect().top;
+  const before = place();
+  change();
+  scrollBy({ top: place() - before, behavior: "instant" });
+}
+
 function showEvidence(chunk) {
-  evidence.show(chunk.evidence[0], chunk.openkeye.intervals_seconds, player.error ? null : player.src);
+  const url = player.error ? null : player.src;
+  keepAnswerInPlace(() => evidence.show(chunk.evidence[0], chunk.openkeye.intervals_seconds, url));
 }
 
 async function readAnswer(response, asked) {
@@ -137,6 +146,7 @@ async function readAnswer(response, asked) {
       byId("reasoning-text").textContent = reasoning;
     }
     if (choice?.delta.content) {
+      if (!answer) byId("reply").scrollIntoView({ block: "nearest" });
       answer += choice.delta.content;
       showAnswer(answer);
     }
@@ -159,7 +169,7 @@ async function ask() {
   byId("answer").replaceChildren();
   byId("reply").setAttribute("aria-busy", "true");
   byId("reasoning").hidden = true;
-  evidence.hide();
+  keepAnswerInPlace(() => evidence.hide());
   try {
     if (player.src && !video) throw new Error("The video is still being read; ask again in a moment.");
     tell(video ? "Looking at the video…" : "Thinking…");
