@@ -101,6 +101,17 @@ def test_where_all_is_attended_to_shares_are_one_and_weights_tell(video, options
     assert len({moment.weight for moment in found.moments}) == len(found.moments) and 0 < found.weight < 1
 
 
+def test_in_one_batch_a_dense_limit_counts_for_the_shorter_prompt_alone(video, other_video):
+    both = [{"type": "video", "video": item} for item in (video, other_video)] + [{"type": "text", "text": "Why?"}]
+    engine = Engine(config=EngineConfig(dense_up_to=800))
+    short, long = add(engine, chat(video, QUESTIONS[0])), add(engine, [{"role": "user", "content": both}])
+    run(engine)
+    assert short.num_known < 800 < long.num_prompt
+    assert short.evidence is not None and long.evidence is not None
+    assert short.evidence.num_picks == long.evidence.num_picks == long.evidence.num_selective == NUM_LAYERS * 5
+    assert not short.evidence.num_selective and evidence_of(engine, short)[0].share == 1
+
+
 def test_a_short_prompt_is_not_selective():
     engine = Engine()
     request = add(engine, chat(frames_of_clip(0, num_frames=4), "Why?"))
