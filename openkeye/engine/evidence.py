@@ -2,7 +2,8 @@
 
 A token of the answer is chosen by the query of the token before it: these queries are counted, in every layer, and no others.
 
-Letters: P prompt tokens, S tokens that a query sees, K picked tokens, H query heads, G KV heads, D head width.
+Letters: P prompt tokens, S tokens that a query sees, K picked tokens, N slots of the cache, H query heads, G KV heads, D head
+width.
 """
 
 from dataclasses import asdict, dataclass
@@ -70,14 +71,22 @@ class EvidenceCounts:
         self._weights: Tensor | None = None
         # [P + 1] int32 and float32; the last place takes what is not of the prompt
 
-    def add(self, query_HD: Tensor, keys_SGD: Tensor, slots_S: Tensor, picked_K: Tensor | None) -> None:
+    def add(
+        self,
+        query_HD: Tensor,
+        key_NGD: Tensor,
+        slots_S: Tensor,
+        picked_K: Tensor | None,
+        key_scales_NG: Tensor | None = None,
+    ) -> None:
         """Count one query of one layer.
 
         Args:
             query_HD: normalised and rotated.
-            keys_SGD: the layer's cache.
+            key_NGD: the layer's cache.
             slots_S: slot in it of every token that the query might see.
             picked_K: positions in the sequence that it attends to, -1 for none; None where it sees all.
+            key_scales_NG: of a cache in float8_e4m3fn.
         """
         if self._counts is None:
             self._counts = torch.zeros(self.num_prompt + 1, dtype=torch.int32, device=query_HD.device)
@@ -89,8 +98,8 @@ class EvidenceCounts:
             picked_K = torch.arange(slots_S.shape[0], device=slots_S.device)
         places = torch.where((picked_K < 0) | (picked_K >= self.num_prompt), self.num_prompt, picked_K).long()
         self._counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-        weights = attention_weights(query_HD, keys_SGD, slots_S[picked_K.clamp_min(0).long()], picked_K >= 0)
-        self._weights.index_add_(0, places, weights)
+        slots_K = slots_S[picked_K.clamp_min(0).long()]
+        self._weights.index_add_(0, places, attention_weights(query_HD, key_NGD, slots_K, picked_K >= 0, key_scales_NG))
 
     def counts_P(self) -> Tensor:
         """[P] int64 on the CPU: how often each token of the prompt was picked."""
@@ -110,11 +119,23 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def attention_weights(query_HD: Tensor, keys_SGD: Tensor, slots_K: Tensor, is_picked_K: Tensor) -> Tensor:
+def attention_weights(
+    query_HD: Tensor, key_NGD: Tensor, slots_K: Tensor, is_picked_K: Tensor, key_scales_NG: Tensor | None = None
+) -> Tensor:
     """[K] float32, the mean over heads of softmax(q k / sqrt(D)) over the picked keys in these slots."""
-    num_groups = keys_SGD.shape[1]
-    query_GHD = query_HD.float().unflatten(0, (num_groups, -1)) * query_HD.shape[-1] ** -0.5
-    slabs = [torch.einsum("ghd,kgd->ghk", query_GHD, keys_SGD[slots].float()) for slots in slots_K.split(SLAB_KEYS)]
+    query_GHD = query_HD.float().unflatten(0, (key_NGD.shape[1], -1)) * query_HD.shape[-1] ** -0.5
+    slabs = [
+        torch.einsum("ghd,kgd->ghk", query_GHD, _read_keys(key_NGD, slots, key_scales_NG)) for slots in slots_K.split(SLAB_KEYS)
+    ]
     # What nobody wrote may be anything.
     logits = torch.cat(slabs, dim=-1).masked_fill(~is_picked_K, -torch.inf)
     return logits.softmax(-1).mean((0, 1))
+
+
+def _read_keys(key_NGD: Tensor, slots_K: Tensor, scales_NG: Tensor | None) -> Tensor:
+    """[K, G, D] float32."""
+    if scales_NG is None:
+        return key_NGD.index_select(0, slots_K).float()
+    # Bytes, because not every device gathers e4m3 by index.
+    codes = key_NGD.view(torch.uint8).index_select(0, slots_K).view(torch.float8_e4m3fn)
+    return codes.float() * scales_NG.index_select(0, slots_K)[:, :, None]

@@ -11,6 +11,7 @@ from openkeye.engine.loop import Engine
 from openkeye.engine.request import Request
 from openkeye.frameforge.writer import make_clip
 from openkeye.kernels import reference
+from openkeye.kernels.reference import quantize_vectors
 from tests.engine.conftest import frames_of_clip
 from tests.engine.test_loop import QUESTIONS, chat
 
@@ -88,6 +89,11 @@ def test_weights_are_those_of_attention():
         clean = keys[slots].nan_to_num()
         attended = reference.sparse_attention(query[None], clean, one_hot.expand(-1, -1, 16), picked, 16**-0.5)
         torch.testing.assert_close(found[number], attended.mean(), atol=1e-7, rtol=1e-4)
+    codes, scales = quantize_vectors(keys.nan_to_num())
+    rounded = attention_weights(query, codes, slots, is_picked, scales)
+    widened = attention_weights(query, codes.float() * scales[:, :, None], slots, is_picked)
+    torch.testing.assert_close(rounded, widened)
+    assert 0 < float((rounded - found).abs().sum()) < 0.1
     assert float(found.sum()) == pytest.approx(1, abs=1e-5) and float(found[~is_picked].sum()) == 0
 
 
