@@ -2,7 +2,6 @@
 
 import { drawThumbnails } from "/web/thumbnails.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const NUM_STRIP = 12;
 const NUM_PEAKS = 4;
 const LEAST_PEAK = 1.5; // times the mean moment's attention
@@ -95,12 +94,11 @@ export class EvidenceTimeline {
   }
 
   #drawBars(spans) {
-    const svg = document.createElementNS(SVG, "svg");
+    const svg = byId("bars");
     svg.setAttribute("viewBox", `0 0 ${this.seconds} 100`);
-    svg.setAttribute("preserveAspectRatio", "none");
-    svg.setAttribute("aria-hidden", "true");
+    svg.replaceChildren();
     const add = (kind, from, to, y, height) => {
-      const rect = document.createElementNS(SVG, "rect");
+      const rect = document.createElementNS(svg.namespaceURI, "rect");
       const box = { x: from - this.start, y, width: Math.max(0, to - from), height, class: kind };
       for (const [name, value] of Object.entries(box)) rect.setAttribute(name, value);
       svg.append(rect);
@@ -117,7 +115,6 @@ export class EvidenceTimeline {
       add(`bar attention${strong.has(number) ? " strong" : ""}`, from, to, above - height, height);
       if (this.isSelective) add("bar picked", from, to, ABOVE + 1.5, (100 - ABOVE - 6) * (moment.share / oftenest));
     });
-    byId("bars").replaceChildren(svg);
   }
 
   #listPeaks() {
