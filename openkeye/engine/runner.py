@@ -65,15 +65,18 @@ class Runner:
         if batch.num_padded:
             embeds, positions = pad(embeds, (0, 0, 0, batch.num_padded)), pad(positions, (0, batch.num_padded))
         top_k = self.model.config.indexer.top_k
-        past = PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to)
+        past = PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
         return self.model(embeds, positions.to(self.device), past)
 
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""
         widened = range(self.model.config.indexer.top_k, self.dense_up_to or 0) if self.attention == "sparse" else ()
-        return all(
-            segment.start >= segment.request.num_prompt and segment.count == 1 and segment.start not in widened
-            for segment in batch.segments
+        return (
+            all(
+                segment.start >= segment.request.num_prompt and segment.count == 1 and segment.start not in widened
+                for segment in batch.segments
+            )
+            and not batch.keeps_evidence
         )
 
     def _step_row(self, segment: Segment) -> StepRow:
