@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving_curves benchmarks/data/serving_h200.json --out docs/cost_by_position.png
 
-Needs matplotlib (`pip install openkeye[bench]`). The report gives dollars of an H800; both are drawn as times what dense attention
-costs at 32K, so that only the shapes are compared.
+Needs matplotlib (`pip install openkeye[bench]`). The report gives dollars of an H800; both are drawn as times what dense
+attention costs at 32K, so that only the shapes are compared.
 """
 
 import argparse

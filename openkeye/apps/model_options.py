@@ -22,6 +22,28 @@ def add_model_options(parser: argparse.ArgumentParser, attention: tuple[str, ...
         metavar="N",
         help="of sparse attention: the first N tokens of a sequence see all keys before them (default: the model's top-k)",
     )
+    add_engine_options(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """What the engine keeps in which format, and how much of it."""
+    formats = ("auto", "e4m3")
+    parser.add_argument(
+        "--experts", choices=formats, default="auto", help="e4m3 halves the experts' weights (default: as stored)"
+    )
+    parser.add_argument("--kv-cache", choices=formats, default="auto", help="e4m3 halves keys and values (default: the dtype)")
+    parser.add_argument(
+        "--cache-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens that the caches hold (default: on a GPU as many as fit, on a CPU 65,536)",
+    )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="answers do not depend, to the last bit, on what runs beside them; slower",
+    )
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -66,5 +88,14 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
             raise InputError(f"device {arguments.device!r} is unknown; give cpu or cuda") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
-    config = EngineConfig(dense_up_to=arguments.dense_up_to)
+    try:
+        config = EngineConfig(
+            dense_up_to=arguments.dense_up_to,
+            experts=arguments.experts,
+            kv_cache=arguments.kv_cache,
+            cache_tokens=arguments.cache_tokens,
+            is_batch_invariant=arguments.batch_invariant,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return Engine(arguments.model, arguments.device, attention=attention or arguments.attention, config=config)
