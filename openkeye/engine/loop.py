@@ -16,8 +16,8 @@ from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.parallel import ModelSettings, open_runner
 from openkeye.engine.request import Request
-from openkeye.engine.runner import Runner
 from openkeye.engine.sampler import sample_batch, token_logprobs
 from openkeye.engine.scheduler import Scheduler
 from openkeye.engine.scores import score_output
@@ -26,7 +26,6 @@ from openkeye.inputs.encode import EncodedPrompt, encode
 from openkeye.inputs.intervals import parse_intervals, widen_intervals
 from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
 from openkeye.inputs.video import Frames, read_video
-from openkeye.model.weights import load_model
 
 Message = Mapping[str, Any]
 OnText = Callable[[str], None]
@@ -45,7 +44,7 @@ class Engine:
         attention: str = "sparse",
         config: EngineConfig | None = None,
     ) -> None:
-        """Load a checkpoint.
+        """Load a checkpoint; rank 0 of several (torchrun) loads it together with the others, which `parallel.follow`.
 
         Args:
             model: `openkeye-tiny` or a folder in the published layout.
@@ -63,7 +62,7 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.processor = Processor.load(self.model_dir)
         self.config = config or EngineConfig()
-        self.runner = Runner(load_model(self.model_dir, self.device, dtype), self.config, attention)
+        self.runner = open_runner(ModelSettings(str(self.model_dir), self.device, dtype, attention, self.config))
         self.scheduler = Scheduler(self.config, self.device)
         self.stop_ids = self._read_stop_ids()
 

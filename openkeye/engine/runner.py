@@ -12,6 +12,7 @@ from openkeye.engine.request import Picture, Request
 from openkeye.engine.vision_cache import VisionCache
 from openkeye.inputs.patches import Patches, join_patches
 from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import local_config
 
 
 class Runner:
@@ -23,7 +24,7 @@ class Runner:
         self.attention = attention
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.caches = PagedCaches(model.config, config, self.device, self.dtype)
+        self.caches = PagedCaches(local_config(model.config, model.shard.size), config, self.device, self.dtype)
         self.vision_cache = VisionCache(config.vision_cache_bytes)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
@@ -33,16 +34,31 @@ class Runner:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
         hidden = self.run_hidden(batch)
         last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
-        return self.model.logits(hidden[last.to(self.device)])
+        return self.logits(hidden, last)
 
     @torch.inference_mode()
     def run_hidden(self, batch: Batch) -> Tensor:
-        """What `KeyeModel.logits` takes, of every new token, [T, hidden]."""
+        """What `logits` takes, of every new token, [T, hidden]."""
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
-        top_k = self.model.config.indexer.top_k
-        past = PagedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to)
-        return self.model(embeds, positions.to(self.device), past)
+        return self.walk(batch, embeds, positions)
+
+    @torch.inference_mode()
+    def logits(self, hidden_TD: Tensor, rows_N: Tensor) -> Tensor:
+        """[N, V] of some rows (int64, on the host) of what `run_hidden` returned last."""
+        return self.model.logits(hidden_TD[rows_N.to(self.device)])
+
+    def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
+        """The decoder's hidden states of a batch, [T, hidden]; positions come on the host."""
+        return self.model(embeds_TD, position_ids_3T.to(self.device), self.past_of(batch))
+
+    def past_of(self, batch: Batch) -> PagedPast:
+        """The past that a batch sees."""
+        return PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k, self.config.dense_up_to)
+
+    def encode(self, patches: Patches) -> Tensor:
+        """`KeyeModel.encode_patches` of pixels that lie on the device."""
+        return self.model.encode_patches(patches)
 
     def _positions(self, segment: Segment) -> Tensor:
         """[3, count]: the prompt's own, then index + delta on all axes."""
@@ -85,7 +101,7 @@ class Runner:
             patches = join_patches([request.patches(p).slice_pictures(p.number, p.number + 1) for p in part])
             assert patches is not None
             moved = Patches(patches.pixels.to(self.device, self.dtype), patches.grid_thw)
-            encoded = self.model.encode_patches(moved)
+            encoded = self.encode(moved)
             for picture, feature in zip(part, encoded.split([p.num_tokens for p in part]), strict=True):
                 known[picture.content_hash] = feature
                 self.vision_cache.put(picture.content_hash, feature)

@@ -23,6 +23,7 @@ from openkeye.engine.batch import Batch
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
 from openkeye.engine.loop import Engine, Message
+from openkeye.engine.ranks import RanksError
 from openkeye.engine.request import STAGES, Request
 
 __all__ = ["EngineService", "ErrorEvent", "Event", "FinishEvent", "OnEvent", "ServiceStats", "Ticket", "TokenEvent"]
@@ -302,8 +303,9 @@ class EngineService:
         try:
             batch = scheduler.next_batch()
             finished = self._engine.run_batch(batch)
-        except torch.AcceleratorError:
-            # After an error of the device no call to it succeeds: this process is done with answering.
+        except (torch.AcceleratorError, RanksError):
+            # After an error of the device no call to it succeeds, and ranks that have parted do not meet again: this process is
+            # done with answering.
             raise
         except Exception as error:
             # Whatever it was, the requests of other batches had no part in it.

@@ -9,6 +9,7 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.indexer import Indexer
 from openkeye.model.norm import RmsNorm
 from openkeye.model.past import IndexerOutput
+from openkeye.model.sharding import ALONE
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Attention(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.shard = ALONE
         width, num_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, num_kv, bias=False)
@@ -51,4 +53,4 @@ class Attention(nn.Module):
 
     def forward(self, attended_THD: Tensor) -> Tensor:
         """What attention gathered, back to the residual stream: [T, H, D] -> [T, hidden]."""
-        return self.o_proj(attended_THD.flatten(1))
+        return self.shard.add(self.o_proj(attended_THD.flatten(1)))

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import experts, widen
+from openkeye.kernels.dispatch import experts, experts_share, widen
 from openkeye.model.config import KeyeConfig
+from openkeye.model.sharding import ALONE
 
 
 class Experts(nn.Module):
@@ -32,6 +33,7 @@ class MixtureOfExperts(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.shard = ALONE
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
@@ -46,5 +48,8 @@ class MixtureOfExperts(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         own = self.experts
-        picks = (weights.to(x_TD.dtype), expert_ids)
-        return experts(x_TD, own.gate_up_proj, own.down_proj, *picks, own.gate_up_scale, own.down_scale)
+        tensors = (x_TD, own.gate_up_proj, own.down_proj, weights.to(x_TD.dtype), expert_ids)
+        if self.shard.size == 1:
+            return experts(*tensors, own.gate_up_scale, own.down_scale)
+        first_expert = self.shard.part(logits.shape[1]).start
+        return self.shard.add(experts_share(*tensors, first_expert, own.gate_up_scale, own.down_scale))
