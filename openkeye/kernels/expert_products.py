@@ -411,7 +411,7 @@ def _add_picks(
         if IS_WEIGHTED:
             # A pick that weighs nothing may be another rank's, which nobody wrote here.
             weight = tl.load(weights + place).to(tl.float32)
-            is_read_N = is_column_N & (weight != 0.0)
+            is_read_N = is_column_N & (weight + tl.zeros([BLOCK], tl.float32) != 0.0)
             sum_N += tl.load(picks + place * WIDTH + column_N, mask=is_read_N, other=0.0).to(tl.float32) * weight
         else:
             sum_N += tl.load(picks + place * WIDTH + column_N, mask=is_column_N, other=0.0).to(tl.float32)

@@ -90,7 +90,8 @@ class _Intake:
             if shape == self.wanted[name]:
                 part = own_part(name, self.config, self.shard)
                 tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
-                self._fill(name, tensor.to(self.device, self.dtype))
+                # A slice of columns comes as a view of the file's pages.
+                self._fill(name, tensor.contiguous().to(self.device, self.dtype))
             else:
                 self._misshapen(name, shape, self.wanted[name])
 

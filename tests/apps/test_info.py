@@ -72,9 +72,9 @@ def test_the_bundled_model_is_known_by_name(capsys):
 
 def test_an_unknown_name_is_told(tmp_path):
     with pytest.raises(InputError, match=r"keye-vl-9: no such published model; known are keye-vl-2\.0-30b-a3b"):
-        info.run(argparse.Namespace(model="keye-vl-9", json=False, gpu=None))
+        info.run(argparse.Namespace(model="keye-vl-9", json=False, gpu=None, gpus=1))
     with pytest.raises(InputError, match=r"config\.json"):
-        info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None))
+        info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None, gpus=1))
 
 
 @pytest.mark.parametrize(("gibibytes", "fits"), [(80, [False, True]), (141, [True, True]), (24, [False, False])])
