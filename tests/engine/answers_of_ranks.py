@@ -1,0 +1,72 @@
+"""One rank of an engine at work: python -m tests.engine.answers_of_ranks MODEL OUTPUT (see test_parallel.py)."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openkeye.common.launch import rank
+from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.loop import Engine
+from openkeye.engine.parallel import follow
+from tests.engine.conftest import frames_of_clip
+
+TEXTS = ("Name the colours that you know, in any order.", "Count. " * 60, "Why?", "What can be seen at the end? " * 25)
+QUESTIONS = ("When is the red circle visible?", "How many different objects appear in the video?")
+
+
+def chat(*content: object) -> list[dict[str, Any]]:
+    """A turn of a video or of text."""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "video", "video": part} for part in content]
+    return [{"role": "user", "content": parts}]
+
+
+def run(engine: Engine, messages: list[list[dict[str, Any]]], num_tokens: int, **options: Any) -> dict[str, Any]:
+    """Tokens and log-probabilities of answers given together, the later ones begun while the first are under way."""
+    events: list[list[Any]] = [[] for _ in messages]
+    requests = [engine.prepare(one, SamplingParameters(max_new_tokens=num_tokens, logprobs=2, **options)) for one in messages]
+    for number, request in enumerate(requests):
+        request.stop_ids, request.on_token = frozenset(), events[number].append
+        engine.scheduler.add(request)
+        engine.step()
+    while engine.scheduler.has_work:
+        engine.step()
+    told = [[[event.logprob, *(value for _, value in event.top_logprobs)] for event in one] for one in events]
+    return {
+        "tokens": [[event.token_id for event in one] for one in events],
+        "logprobs": torch.tensor(told),
+        "num_preemptions": sum(request.num_preemptions for request in requests),
+        "num_cached": [request.num_cached for request in requests],
+    }
+
+
+def work(model: str) -> dict[str, Any]:
+    """All that the ranks are compared by."""
+    video, other = frames_of_clip(0), frames_of_clip(1)
+    engine = Engine(model, device="cpu", config=EngineConfig(prefill_chunk_tokens=150))
+    texts = [chat(text) for text in TEXTS]
+    results = {"mixed": run(engine, [texts[0], chat(video, QUESTIONS[0]), *texts[1:], chat(other, QUESTIONS[0])], 20)}
+    results["reused"] = run(engine, [chat(video, QUESTIONS[1])], 20, temperature=1.3, seed=5)
+    scored = engine.score(chat(video, QUESTIONS[0]), "From 1.0 to 3.5 seconds.")
+    results["scored"] = {
+        "tokens": [token for token, _, _ in scored],
+        "logprobs": torch.tensor([logprob for _, _, logprob in scored]),
+    }
+    dense = Engine(model, device="cpu", attention="dense")
+    results["dense"] = run(dense, [chat(video, QUESTIONS[0])], 10)
+    del dense
+    small = Engine(model, device="cpu", config=EngineConfig(page_size=16, cache_tokens=544, prefill_chunk_tokens=50))
+    results["preempted"] = run(small, texts[:3], 120)
+    return results
+
+
+def main() -> None:
+    if rank():
+        follow()
+    else:
+        torch.save(work(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
