@@ -164,7 +164,7 @@ def test_tied_embeddings_are_a_head_of_parts(tmp_path):
         (
             {},
             3,
-            r"3 ranks cannot share this model \(query heads 8, experts 8, vocabulary 64, key-value heads 4\); start one of 1",
+            r"3 ranks cannot share this model \(query heads 8, experts 8, vocabulary 64, key-value heads 4\); start",
         ),
         ({"num_experts": 6}, 4, r"4 ranks .* \(experts 6\); start one of 1, 2 ranks"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, r"\(key-value heads 3\); start one of 1 ranks"),
