@@ -134,8 +134,8 @@ class LeadingRunner(ShardedRunner):
     def lead(self, ranks: Ranks, number: int) -> None:
         """Begin to give orders, as the runner of this number."""
         self.ranks, self.number = ranks, number
-        self._pages_told: dict[int, list[int]] = {}
-        # by the request's key, of the batch before
+        self._pages_told: dict[int, tuple[list[int], int]] = {}
+        # by the request's key, of the batch before: its list of pages, which only grows while the request runs, and how many
 
     def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
         """See `Runner.walk`."""
@@ -179,10 +179,11 @@ class LeadingRunner(ShardedRunner):
         told, self._pages_told, orders = self._pages_told, {}, []
         for segment in batch.segments:
             key, pages = id(segment.request), segment.request.pages
-            known = told.get(key, [])
-            num_known = len(known) if pages[: len(known)] == known else 0
+            known, num_known = told.get(key, (pages, 0))
+            # After a preemption, and where another request has the key now, the list is another.
+            num_known = num_known if known is pages else 0
             orders.append(SegmentOrder(key, segment.start, segment.count, num_known, pages[num_known:]))
-            self._pages_told[key] = list(pages)
+            self._pages_told[key] = (pages, len(pages))
         return orders
 
 
@@ -220,12 +221,12 @@ class _Follower:
         dist.send(runner.encode(Patches(pixels, grid_thw)).contiguous(), dst=0)
 
     def _segment(self, order: SegmentOrder) -> Segment:
-        size, device = self.runner.caches.page_size, self.runner.device
-        starts = torch.tensor(order.new_pages, dtype=torch.int64, device=device) * size
-        slots = (starts[:, None] + torch.arange(size, device=device)).flatten()
-        if order.num_known_pages:
-            slots = torch.cat([self.slots[order.key][: order.num_known_pages * size], slots])
-        self.slots[order.key] = slots
+        if order.new_pages:
+            size, device = self.runner.caches.page_size, self.runner.device
+            starts = torch.tensor(order.new_pages, dtype=torch.int64, device=device) * size
+            slots = (starts[:, None] + torch.arange(size, device=device)).flatten()
+            self.slots[order.key] = torch.cat([self.slots[order.key], slots]) if order.num_known_pages else slots
+        slots = self.slots[order.key]
         # Only the leader's runner reads requests.
         return Segment(None, order.start, order.count, slots[: order.start + order.count])  # type: ignore[arg-type]
 
@@ -268,11 +269,11 @@ def open_runner(settings: ModelSettings) -> Runner:
 def follow() -> None:
     """What every rank but the first does: carry out orders until the leader ends.
 
-    Ctrl-C and SIGTERM are the leader's business: it ends the others when it has said what it has to say.
+    Once they have met, Ctrl-C and SIGTERM are the leader's business: it ends the others when it has said what it has to say.
     """
+    ranks = join()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    ranks = join()
     followers: dict[int, _Follower] = {}
     while not isinstance(order := ranks.hear(), End):
         if isinstance(order, Open):

@@ -4,7 +4,6 @@ Orders go through a socket from rank 0 to each follower, tensors through torch.d
 socket, so that a process knows at once when another has ended, whatever it waits for just then.
 """
 
-import atexit
 import functools
 import os
 import queue
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ def join() -> Ranks:
     if shard.rank:
         return Ranks(shard, {0: _call_leader(shard)})
     ranks = Ranks(shard, _await_followers(shard))
-    atexit.register(ranks.end)
+    # Unlike atexit, at the end of a child of multiprocessing too.
+    Finalize(ranks, ranks.end, exitpriority=0)
     return ranks
 
 

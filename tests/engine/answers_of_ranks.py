@@ -1,4 +1,4 @@
-"""One rank of an engine at work: python -m tests.engine.answers_of_ranks MODEL whole|brief OUTPUT (see test_parallel.py)."""
+"""One rank of an engine at work, for test_parallel.py: python -m tests.engine.answers_of_ranks MODEL EXTENT OUTPUT [DEVICE]."""
 
 import sys
 from pathlib import Path
@@ -41,11 +41,12 @@ def run(engine: Engine, messages: list[list[dict[str, Any]]], num_tokens: int, *
     }
 
 
-def work(model: str, extent: str) -> dict[str, Any]:
+def work(model: str, extent: str, device: str = "cpu") -> dict[str, Any]:
     """All that the ranks are compared by, or its beginning."""
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
     # A clip and a question without a near tie in the selection: fp32 sums in another order would decide it otherwise.
     video, other = frames_of_clip(0), frames_of_clip(2)
-    engine = Engine(model, device="cpu", config=EngineConfig(prefill_chunk_tokens=150))
+    engine = Engine(model, config=EngineConfig(prefill_chunk_tokens=150), **options)
     texts = [chat(text) for text in TEXTS]
     results = {"mixed": run(engine, [texts[0], chat(video, QUESTIONS[0]), *texts[1:], chat(other, QUESTIONS[0])], 10)}
     results["reused"] = run(engine, [chat(video, QUESTIONS[1])], 8, temperature=1.3, seed=5)
@@ -56,10 +57,10 @@ def work(model: str, extent: str) -> dict[str, Any]:
     }
     if extent == "brief":
         return results
-    dense = Engine(model, device="cpu", attention="dense")
+    dense = Engine(model, attention="dense", **options)
     results["dense"] = run(dense, [chat(video, QUESTIONS[0])], 4)
     del dense
-    small = Engine(model, device="cpu", config=EngineConfig(page_size=16, cache_tokens=416, prefill_chunk_tokens=50))
+    small = Engine(model, config=EngineConfig(page_size=16, cache_tokens=416, prefill_chunk_tokens=50), **options)
     results["preempted"] = run(small, texts[:3], 100)
     return results
 
@@ -68,7 +69,7 @@ def main() -> None:
     if rank():
         follow()
     else:
-        torch.save(work(sys.argv[1], sys.argv[2]), Path(sys.argv[3]))
+        torch.save(work(sys.argv[1], sys.argv[2], *sys.argv[4:]), Path(sys.argv[3]))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ def test_wrong_input_gets_one_line_and_ends_all(size, arguments, said):
         assert processes[0].returncode == 2 and said in errors and errors.count("\n") == 1
         if "nope" in said:
             # Nobody has met yet: the others wait for rank 0, and torchrun ends them.
+            processes[1].terminate()
+            assert processes[1].wait(timeout=20) == -signal.SIGTERM
             return
         for process in processes[1:]:
             assert process.wait(timeout=20) == 0 and process.stderr.read() == ""
@@ -129,7 +131,7 @@ LONG = ("--temperature", "30", "--max-tokens", "2000")
 # tokens at random, which hardly ever end
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_that_is_killed_ends_the_others(victim, four_groups):
     with started(4, COMMAND, "ask", DEMO, QUESTION, "--model", four_groups, *LONG) as processes:
         wait_for_answering(processes)
