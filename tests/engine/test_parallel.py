@@ -9,13 +9,16 @@ import threading
 import time
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from openkeye.common.checks import InputError
+from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.loop import Engine
+from openkeye.engine.parallel import LeadingRunner
 from openkeye.engine.ranks import End, Ranks, RanksError
 from openkeye.inputs.processor import resolve_model_dir
 from openkeye.model.config import KeyeConfig
@@ -174,6 +177,24 @@ def test_ranks_that_parted_do_not_go_on():
     assert not goodbye.is_alive()
     with pytest.raises(RanksError, match="rank 1 has ended; start all ranks again"):
         ranks.tell("anybody?")
+
+
+def test_followers_are_told_new_pages_only_and_all_of_them_after_a_preemption():
+    leader = LeadingRunner.__new__(LeadingRunner)
+    leader._pages_told = {}
+    one, two = SimpleNamespace(pages=[3, 4]), SimpleNamespace(pages=[7])
+
+    def told(*requests: SimpleNamespace) -> list[tuple[int, list[int]]]:
+        orders = leader._segments(Batch([Segment(request, 0, 1, torch.empty(0)) for request in requests]))
+        assert [order.key for order in orders] == [id(request) for request in requests]
+        return [(order.num_known_pages, order.new_pages) for order in orders]
+
+    assert told(one, two) == [(0, [3, 4]), (0, [7])]
+    one.pages += [9]
+    assert told(two, one) == [(1, []), (2, [9])]
+    two.pages = [5, 6]
+    assert told(two) == [(0, [5, 6])]
+    assert told(one, two) == [(0, [3, 4, 9]), (2, [])], "whoever was not in the batch before is forgotten"
 
 
 def test_an_engine_on_a_follower_says_what_to_do(monkeypatch):
