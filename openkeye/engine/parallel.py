@@ -258,6 +258,7 @@ def open_runner(settings: ModelSettings) -> Runner:
     answers = [ranks.hear() for _ in range(1, ranks.shard.size)]
     errors += [answer.error for answer in answers if answer.error is not None]
     if errors:
+        ranks.tell_later(Close(number))
         raise InputError(errors[0])
     assert isinstance(runner, LeadingRunner)
     runner.lead(ranks, number)
