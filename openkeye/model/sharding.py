@@ -116,7 +116,10 @@ def shard_model(model: nn.Module, config: KeyeConfig, shard: Shard) -> None:
         if part:
             owner, _, last = name.rpartition(".")
             kept = nn.Parameter(parameter.detach()[part].clone(memory_format=torch.contiguous_format), parameter.requires_grad)
-            setattr(model.get_submodule(owner), last, kept)
-    for module in model.modules():
-        if hasattr(module, "shard"):
-            module.shard = shard  # type: ignore[assignment]
+            module = model.get_submodule(owner)
+            setattr(module, last, kept)
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = kept.shape
+    for one in model.modules():
+        if hasattr(one, "shard"):
+            one.shard = shard  # type: ignore[assignment]

@@ -40,6 +40,8 @@ def test_a_rank_loads_its_parts_of_the_whole_model(folder, size, are_experts_e4m
         for name, tensor in part.state_dict().items():
             assert torch.equal(tensor.float(), tensors[name].float()[own_part(name, whole.config, shard)]), name
             assert tensor.is_contiguous() and tensor.dtype == tensors[name].dtype
+        linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
+        assert all(module.weight.shape == (module.out_features, module.in_features) for module in linears)
         experts = slice(rank * 8 // size, (rank + 1) * 8 // size)
         for one, all_of_it in zip(part.model.layers, whole.model.layers, strict=True):
             if are_experts_e4m3:
