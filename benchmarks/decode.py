@@ -12,8 +12,9 @@ from benchmarks.inputs import Sizes
 from benchmarks.measure import Case, Disagreement, Peer, Report, Work, compare, must_equal
 from openkeye.kernels import reference
 from openkeye.kernels.indexer_decode import indexer_decode
+from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.kernels.quantize import quantize_vectors
-from openkeye.kernels.sparse_decode import DecodeScratch, PagedCaches, sparse_decode, sparse_select_decode
+from openkeye.kernels.sparse_decode import DecodeScratch, sparse_decode, sparse_select_decode
 from openkeye.kernels.top_k import top_k_positions
 
 PAGE = 64
@@ -52,9 +53,9 @@ class Pool:
         value_codes, value_scales = quantize_vectors(value)
         codes, scales = quantize_vectors(index)
         self.caches = {
-            "fp8 index, bf16 KV": PagedCaches(key, value, codes, index_scales_S=scales),
-            "all bf16": PagedCaches(key, value, index),
-            "all fp8": PagedCaches(key_codes, value_codes, codes, key_scales, value_scales, scales),
+            "fp8 index, bf16 KV": LayerCaches(key, value, codes, index_scales_S=scales),
+            "all bf16": LayerCaches(key, value, index),
+            "all fp8": LayerCaches(key_codes, value_codes, codes, key_scales, value_scales, scales),
         }
         pages = torch.randperm(num_slots // PAGE, device=device, generator=self.generator).int()
         self.tables = pages.view(max(sizes.batches), -1)
@@ -159,7 +160,7 @@ class Decode:
         for name, kind in (("bf16 KV", "all bf16"), ("fp8 KV", "all fp8")):
             caches = self.pool.caches[kind]
 
-            def work(operation: Callable[..., Tensor], requests: Requests, caches: PagedCaches = caches) -> Tensor:
+            def work(operation: Callable[..., Tensor], requests: Requests, caches: LayerCaches = caches) -> Tensor:
                 extra = () if operation is reference.sparse_decode else (self.scratch,)
                 return operation(*self.attention_arguments(requests, requests.lists, caches), *extra)
 
@@ -171,7 +172,7 @@ class Decode:
             size = caches.key_SGD.element_size() + (0.0 if caches.key_scales_SG is None else 4 / self.sizes.width)
             self.case(f"sparse_decode, {name}", partial(work, sparse_decode), check, self.kv_bytes * size)
 
-    def attention_arguments(self, requests: Requests, lists: Tensor, caches: PagedCaches) -> tuple[Any, ...]:
+    def attention_arguments(self, requests: Requests, lists: Tensor, caches: LayerCaches) -> tuple[Any, ...]:
         tensors = (requests.query, caches.key_SGD, caches.value_SGD, lists, self.scale, requests.table, PAGE)
         return (*tensors, caches.key_scales_SG, caches.value_scales_SG)
 
@@ -194,11 +195,11 @@ class Decode:
             )
             self.report.case(case)
 
-    def step(self, caches: PagedCaches, requests: Requests) -> Tensor:
+    def step(self, caches: LayerCaches, requests: Requests) -> Tensor:
         tensors = (requests.query, requests.index_query, requests.gates, caches, requests.table, requests.lengths)
         return sparse_select_decode(*tensors, self.scale, self.scratch)
 
-    def check_step(self, caches: PagedCaches) -> None:
+    def check_step(self, caches: LayerCaches) -> None:
         """Attention to what was picked, and that the twin picks the same but for rounding."""
         requests, top_k, context = self.requests[0], self.sizes.top_k, self.pool.context
         output, picked = self.step(caches, requests), self.scratch.picked_BK

@@ -30,8 +30,8 @@ from benchmarks.rehearsal import header, rehearse
 from benchmarks.selection import make_inputs, select
 from openkeye.kernels import reference
 from openkeye.kernels.dense_attention import choose_back_end, dense_attention
+from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.kernels.sparse_attention import sparse_attention
-from openkeye.kernels.sparse_decode import PagedCaches
 
 SIZES = replace(
     FULL,
@@ -118,7 +118,7 @@ def decode_line(decode: Decode) -> Line:
     return Line(pool.context, "torch's flash", peer.milliseconds if is_timed else None, sparse)
 
 
-def check_step(decode: Decode, caches: PagedCaches) -> None:
+def check_step(decode: Decode, caches: LayerCaches) -> None:
     """The step against its twin, and against dense attention where all keys are taken."""
     decode.check_step(caches)
     if decode.pool.context > decode.sizes.top_k:

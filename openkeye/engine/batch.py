@@ -1,7 +1,7 @@
 """`Batch`: the tokens of one model call, and `PagedPast`: the past they see in the pages.
 
-Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, G KV heads, D head width, K picked
-tokens; B segments of one token, P pages of the longest.
+Letters: T new tokens of all segments, S tokens of a segment's context, H query heads, D head width, K picked tokens, P pages;
+B segments of one token.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from openkeye.engine.decode import DecodePast, DecodeRows
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
-from openkeye.kernels.dispatch import (
-    can_decode_in_pages,
-    decode_in_pages,
-    dense_attention,
-    indexer_select,
-    sparse_attention,
-)
-from openkeye.model.past import IndexerOutput
+from openkeye.kernels.dispatch import dense_attention, indexer_select, read_keys_and_values, sparse_attention_in_pages
+from openkeye.kernels.layer_caches import LayerCaches
+from openkeye.model.past import CachedIndex, CachedPast
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,15 @@ class Segment:
     count: int
     slots_S: Tensor
     # [start + count] int64: cache slot of every token up to and with the new ones
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence with the new ones."""
+        return self.start + self.count
+
+    def pages(self, page_size: int) -> Tensor:
+        """[P] int32: the pages of the sequence so far, in order."""
+        return (self.slots_S[::page_size] // page_size).int()
 
 
 @dataclass(frozen=True)
@@ -51,53 +56,51 @@ class Batch:
         """The leading segments of one token: rows [0, B) of the batch, which attention decodes together."""
         return list(takewhile(lambda segment: segment.count == 1, self.segments))
 
-    def page_table(self, page_size: int) -> tuple[Tensor, Tensor]:
-        """[B, P] int32, the pages of every single's context in order (0 behind its last), and [B] int32, its tokens."""
-        firsts = [segment.slots_S[::page_size] for segment in self.singles]
-        lengths = [segment.start + segment.count for segment in self.singles]
-        table = (pad_sequence(firsts, batch_first=True) // page_size).int()
-        return table, torch.tensor(lengths, dtype=torch.int32, device=table.device)
+    def rows(self, page_size: int) -> DecodeRows:
+        """The singles, as decoding takes them."""
+        table = pad_sequence([segment.pages(page_size) for segment in self.singles], batch_first=True)
+        lengths = torch.tensor([segment.end for segment in self.singles], dtype=torch.int32, device=table.device)
+        return DecodeRows(torch.cat([segment.slots_S[-1:] for segment in self.singles]), table, lengths)
 
 
-class PagedPast:
-    """The past of a batch: writes new keys to their pages, selects per query over its own sequence, attends."""
+class PagedPast(CachedPast):
+    """The past of a batch: selects per query over its own sequence and attends, both in the pages."""
 
     def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int, dense_up_to: int | None = None) -> None:
         """dense_up_to: see `EngineConfig.dense_up_to`."""
         self.batch = batch
-        self.caches = caches
+        self.paged = caches
         self.attention = attention
         self.top_k = top_k
         self.dense_up_to = top_k if dense_up_to is None else dense_up_to
-        self.new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
-
-    @cached_property
-    def page_table(self) -> tuple[Tensor, Tensor]:
-        """`Batch.page_table`, made once for all layers."""
-        return self.batch.page_table(self.caches.page_size)
+        self._new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
+        self._pages = [segment.pages(caches.page_size) for segment in batch.segments[len(batch.singles) :]]
 
     @property
     def needs_index(self) -> bool:
-        # Index keys are written in dense mode too, so that a cached prefix serves either mode.
-        return True
+        return self.attention == "sparse"
 
-    def attend(
-        self,
-        layer_index: int,
-        query_THD: Tensor,
-        key_TGD: Tensor,
-        value_TGD: Tensor,
-        index: IndexerOutput | None,
-    ) -> Tensor:
-        """See `Past.attend`."""
-        assert index is not None
-        self.caches.write(layer_index, self.new_slots, key_TGD, value_TGD, index.key_TI)
+    @property
+    def new_slots_T(self) -> Tensor:
+        return self._new_slots
+
+    def caches(self, layer_index: int) -> LayerCaches:
+        """See `CachedPast.caches`."""
+        return self.paged.layer(layer_index)
+
+    @cached_property
+    def _decoding(self) -> DecodePast:
+        """The singles' past, whose page table is made once for all layers."""
+        return DecodePast(self.batch.rows(self.paged.page_size), self.paged, self.attention, self.top_k)
+
+    def attend(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
+        """See `CachedPast.attend`."""
         # Answers under way keep their way, which moves no context, whatever prompts run beside them.
-        first = len(self.batch.singles) if self.attention == "sparse" else 0
-        outputs = [self._decode(layer_index, query_THD[:first], _rows(index, first))] if first else []
-        for segment in self.batch.segments[first:]:
+        first = len(self.batch.singles)
+        outputs = [self._decode(layer_index, query_THD[:first], _rows(index, slice(0, first)))] if first else []
+        for segment, pages in zip(self.batch.segments[first:], self._pages, strict=True):
             rows = slice(first, first + segment.count)
-            outputs.append(self._attend_segment(layer_index, segment, rows, query_THD[rows], index))
+            outputs.append(self._attend_segment(layer_index, segment, pages, query_THD[rows], _rows(index, rows)))
             first += segment.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -111,66 +114,54 @@ class PagedPast:
             return segment.count
         return min(max(self.dense_up_to - segment.start, 0), segment.count)
 
-    def _select(self, layer_index: int, segment: Segment, rows: slice, index: IndexerOutput, positions_T: Tensor) -> Tensor:
-        """[t, K] positions of the segment's sequence that the new tokens in these rows of the batch attend to."""
-        keys_SI = self.caches.index_keys[layer_index].index_select(0, segment.slots_S)
-        return indexer_select(index.query_TJI[rows], index.gates_TJ[rows], keys_SI, self.top_k, positions_T)
-
     def _attend_segment(
-        self, layer_index: int, segment: Segment, rows: slice, query_THD: Tensor, index: IndexerOutput
+        self, layer_index: int, segment: Segment, pages_P: Tensor, query_THD: Tensor, index: CachedIndex | None
     ) -> Tensor:
         """[t, H, D]: the segment's first tokens to all keys before them, those behind `_num_dense` to selected ones."""
-        keys = self.caches.keys[layer_index].index_select(0, segment.slots_S)
-        values = self.caches.values[layer_index].index_select(0, segment.slots_S)
-        scale, positions = query_THD.shape[-1] ** -0.5, _positions(segment)
+        caches, scale = self.caches(layer_index), query_THD.shape[-1] ** -0.5
+        positions = torch.arange(segment.start, segment.end, device=pages_P.device)
         num_dense = self._num_dense(segment)
         outputs = []
         if num_dense:
             # Dense attention asks that the queries be the last of the keys.
-            end = segment.start + num_dense
-            outputs.append(dense_attention(query_THD[:num_dense], keys[:end], values[:end], positions[:num_dense], scale))
+            keys, values = read_keys_and_values(caches, pages_P, segment.start + num_dense, query_THD.dtype)
+            outputs.append(dense_attention(query_THD[:num_dense], keys, values, positions[:num_dense], scale))
         if num_dense < segment.count:
-            rest = slice(rows.start + num_dense, rows.stop)
-            indices = self._select(layer_index, segment, rest, index, positions[num_dense:])
-            outputs.append(sparse_attention(query_THD[num_dense:], keys, values, indices, scale))
+            assert index is not None
+            rest = CachedIndex(index.query_TJI[num_dense:], index.gates_TJ[num_dense:])
+            indices = self._select(caches, rest, positions[num_dense:], pages_P)
+            outputs.append(sparse_attention_in_pages(query_THD[num_dense:], caches, indices, pages_P, segment.end, scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
-        """One token a request, [B, H, D]: from the pages, but for requests whose `dense_up_to` is more than is picked there."""
-        widened = [
-            number for number, segment in enumerate(self.batch.singles) if self.top_k <= segment.start < self.dense_up_to
-        ]
-        if len(widened) < len(self.batch.singles):
-            attended = self._decode_picked(layer_index, query_THD, index)
+    def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:
+        """[T, K] positions of one sequence that its new tokens attend to."""
+        assert caches.index_key_SI is not None
+        return indexer_select(
+            index.query_TJI,
+            index.gates_TJ,
+            caches.index_key_SI,
+            self.top_k,
+            positions_T,
+            key_scales_S=caches.index_scales_S,
+            page_table_P=pages_P,
+            page_size=caches.page_size,
+        )
+
+    def _decode(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
+        """One token a request, [B, H, D]; those whose `dense_up_to` is more than is picked there attend to all they see."""
+        singles = self.batch.singles
+        widened = [] if index is None else [n for n, one in enumerate(singles) if self.top_k <= one.start < self.dense_up_to]
+        if len(widened) < len(singles):
+            attended = self._decoding.attend(layer_index, query_THD, index)
         else:
             attended = torch.empty_like(query_THD)
         for number in widened:
             row = slice(number, number + 1)
-            attended[row] = self._attend_segment(layer_index, self.batch.singles[number], row, query_THD[row], index)
+            pages = singles[number].pages(self.paged.page_size)
+            attended[row] = self._attend_segment(layer_index, singles[number], pages, query_THD[row], _rows(index, row))
         return attended
 
-    def _decode_picked(self, layer_index: int, query_THD: Tensor, index: IndexerOutput) -> Tensor:
-        """Picked keys are read straight from the pages, the rest of the context never moves."""
-        keys, values = self.caches.keys[layer_index], self.caches.values[layer_index]
-        scale = query_THD.shape[-1] ** -0.5
-        if can_decode_in_pages(query_THD, index.query_TJI, keys, self.top_k, self.caches.page_size):
-            queries, caches = (query_THD, index.query_TJI, index.gates_TJ), (keys, values, self.caches.index_keys[layer_index])
-            return decode_in_pages(*queries, caches, *self.page_table, self.top_k, self.caches.page_size, scale)
-        outputs = []
-        for number, segment in enumerate(self.batch.singles):
-            row = slice(number, number + 1)
-            indices = self._select(layer_index, segment, row, index, _positions(segment))
-            # The picked keys and no others: what nobody wrote may be anything, even where its weight is zero.
-            slots = segment.slots_S[indices[0].clamp_min(0).long()]
-            places = torch.where(indices < 0, -1, torch.arange(indices.shape[1], device=indices.device)).int()
-            outputs.append(sparse_attention(query_THD[row], keys[slots], values[slots], places, scale))
-        return torch.cat(outputs)
 
-
-def _rows(index: IndexerOutput, count: int) -> IndexerOutput:
-    """The first rows of a batch."""
-    return IndexerOutput(index.query_TJI[:count], index.gates_TJ[:count], index.key_TI[:count])
-
-
-def _positions(segment: Segment) -> Tensor:
-    return torch.arange(segment.start, segment.start + segment.count, device=segment.slots_S.device)
+def _rows(index: CachedIndex | None, rows: slice) -> CachedIndex | None:
+    """These tokens of a batch."""
+    return None if index is None else CachedIndex(index.query_TJI[rows], index.gates_TJ[rows])

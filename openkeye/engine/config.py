@@ -12,8 +12,19 @@ class EngineConfig:
 
     page_size: int = 64
     # tokens of one cache page
-    cache_tokens: int = 65536
-    # keys, values and index keys that the pages hold in all
+    cache_tokens: int | None = None
+    # Tokens whose keys, values and index keys the pages hold in all. None: 65,536 on a CPU; on a GPU as many as fit beside the
+    # weights with `work_bytes` to spare.
+    work_bytes: int = 4 << 30
+    # of a GPU that are kept for activations and scratch where `cache_tokens` is None
+    kv_cache: str = "auto"
+    # format of keys and values: "auto" is the model's dtype; "e4m3" halves it, with a scale a token and KV head
+    index_cache: str = "auto"
+    # format of index keys: "model", "e4m3" with a scale a token as published, or "auto": e4m3 on a GPU in half precision
+    experts: str = "auto"
+    # format of the experts' weights: "auto" is the model's dtype; "e4m3" halves it, with a scale an output column
+    has_graphs: bool = True
+    # decoding is captured in CUDA graphs, a graph for every few numbers of answers under way
     prefill_chunk_tokens: int = 2048
     # prompt tokens of a batch, of one prompt or several; answers under way add one each
     vision_slice_pictures: int = 16
@@ -28,14 +39,18 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "dense_up_to" and value < 1:
+            if type(value) is int and name != "dense_up_to" and value < 1:
                 raise ValueError(f"EngineConfig.{name} is {value}; give at least 1")
+        formats = {"kv_cache": ("auto", "e4m3"), "index_cache": ("auto", "model", "e4m3"), "experts": ("auto", "e4m3")}
+        for name, choices in formats.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"EngineConfig.{name} is {getattr(self, name)!r}; give {' or '.join(choices)}")
         if self.dense_up_to is not None and (type(self.dense_up_to) is not int or self.dense_up_to < 0):
             raise ValueError(
                 f"EngineConfig.dense_up_to is {self.dense_up_to!r}; give a whole number of tokens from 0 on, or None for the "
                 "model's top-k"
             )
-        if self.cache_tokens % self.page_size:
+        if self.cache_tokens is not None and self.cache_tokens % self.page_size:
             raise ValueError(f"cache_tokens {self.cache_tokens} must be a multiple of page_size {self.page_size}")
 
 

@@ -61,8 +61,8 @@ class Engine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.processor = Processor.load(self.model_dir)
-        self.config = config or EngineConfig()
-        self.runner = open_runner(ModelSettings(str(self.model_dir), self.device, dtype, attention, self.config))
+        self.runner = open_runner(ModelSettings(str(self.model_dir), self.device, dtype, attention, config or EngineConfig()))
+        self.config = self.runner.config
         self.scheduler = Scheduler(self.config, self.device)
         self.stop_ids = self._read_stop_ids()
 

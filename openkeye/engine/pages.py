@@ -1,34 +1,115 @@
 """Paged caches: keys, values and index keys of all layers, addressed by one slot number; and who owns which page.
 
-Letters: N slots of the whole cache, G KV heads, D head width, I indexer width.
+Letters: L layers, N slots of the whole cache, G KV heads, D head width, I indexer width.
 """
 
 from collections import deque
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from openkeye.common.checks import InputError
 from openkeye.engine.config import EngineConfig
+from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.model.config import KeyeConfig
+
+E4M3 = torch.float8_e4m3fn
+CPU_CACHE_TOKENS = 65536
 
 
 class PagedCaches:
-    """Three tensors a layer. A token's slot is page * page_size + offset, the same in all of them."""
+    """A token's slot is page * page_size + offset, the same in all tensors of all layers."""
 
-    def __init__(self, model: KeyeConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
-        layers, slots = model.num_hidden_layers, config.cache_tokens
+    def __init__(
+        self,
+        model: KeyeConfig,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        has_index: bool = True,
+    ) -> None:
+        """has_index: False where attention is dense and nothing scores."""
+        assert config.cache_tokens is not None, "see `with_cache_tokens`"
+        layers, self.num_slots = model.num_hidden_layers, config.cache_tokens
         self.page_size = config.page_size
-        shape = (layers, slots, model.num_key_value_heads, model.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.index_keys = torch.empty(layers, slots, model.indexer.head_dim, device=device, dtype=dtype)
+        formats = CacheFormats.choose(config, device, dtype)
+        shape = (layers, self.num_slots, model.num_key_value_heads)
+        self.keys, self.key_scales = _cache((*shape, model.head_dim), formats.kv, device)
+        self.values, self.value_scales = _cache((*shape, model.head_dim), formats.kv, device)
+        self.index_keys: Tensor | None = None
+        self.index_scales: Tensor | None = None
+        if has_index:
+            shape = (layers, self.num_slots, model.indexer.head_dim)
+            self.index_keys, self.index_scales = _cache(shape, formats.index, device)
 
-    def write(self, layer: int, slots_T: Tensor, key_TGD: Tensor, value_TGD: Tensor, index_key_TI: Tensor | None) -> None:
-        """Store new tokens in their slots."""
-        self.keys[layer].index_copy_(0, slots_T, key_TGD)
-        self.values[layer].index_copy_(0, slots_T, value_TGD)
-        if index_key_TI is not None:
-            self.index_keys[layer].index_copy_(0, slots_T, index_key_TI)
+    def layer(self, number: int) -> LayerCaches:
+        """One layer's part."""
+        return LayerCaches(
+            self.keys[number],
+            self.values[number],
+            _part(self.index_keys, number),
+            _part(self.key_scales, number),
+            _part(self.value_scales, number),
+            _part(self.index_scales, number),
+            self.page_size,
+        )
+
+
+@dataclass(frozen=True)
+class CacheFormats:
+    """Dtypes of what the pages hold; float8_e4m3fn comes with scales."""
+
+    kv: torch.dtype
+    index: torch.dtype
+
+    @classmethod
+    def choose(cls, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> "CacheFormats":
+        """What the settings mean on this device: "auto" index keys are e4m3, as published, for half precision on a GPU."""
+        is_e4m3 = config.index_cache == "e4m3" or (
+            config.index_cache == "auto" and device.type == "cuda" and dtype.itemsize == 2
+        )
+        return cls(E4M3 if config.kv_cache == "e4m3" else dtype, E4M3 if is_e4m3 else dtype)
+
+    def bytes_per_token(self, model: KeyeConfig, has_index: bool = True) -> int:
+        """Of all layers; a scale takes four bytes."""
+        kv = 2 * model.num_key_value_heads * (model.head_dim * self.kv.itemsize + 4 * (self.kv == E4M3))
+        index = model.indexer.head_dim * self.index.itemsize + 4 * (self.index == E4M3)
+        return model.num_hidden_layers * (kv + index * has_index)
+
+
+def with_cache_tokens(
+    config: EngineConfig, model: KeyeConfig, device: torch.device, dtype: torch.dtype, attention: str
+) -> EngineConfig:
+    """The settings with a number of cache tokens: what was asked for, or what fits beside the weights, which are loaded.
+
+    Raises:
+        InputError: not even one page fits the GPU.
+    """
+    if config.cache_tokens is not None:
+        return config
+    if device.type != "cuda":
+        return replace(config, cache_tokens=CPU_CACHE_TOKENS // config.page_size * config.page_size)
+    per_token = CacheFormats.choose(config, device, dtype).bytes_per_token(model, has_index=attention == "sparse")
+    free, total = torch.cuda.mem_get_info(device)
+    # More than every request can fill is of no use.
+    wanted = min(config.max_batch_requests * model.max_position_embeddings, max(0, free - config.work_bytes) // per_token)
+    if wanted < config.page_size:
+        raise InputError(
+            f"the weights leave {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB, and {config.work_bytes / 2**30:.1f} "
+            f"are kept for work: no cache page fits; take a larger GPU or experts in e4m3"
+        )
+    return replace(config, cache_tokens=wanted // config.page_size * config.page_size)
+
+
+def _part(tensor: Tensor | None, number: int) -> Tensor | None:
+    return None if tensor is None else tensor[number]
+
+
+def _cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Numbers, and scales of all dimensions but the last where they are e4m3."""
+    scales = torch.empty(shape[:-1], device=device, dtype=torch.float32) if dtype == E4M3 else None
+    return torch.empty(shape, device=device, dtype=dtype), scales
 
 
 class PagePool:

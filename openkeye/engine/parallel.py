@@ -8,7 +8,7 @@ Letters: T new tokens, N rows, V vocabulary.
 
 import signal
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,11 +19,15 @@ from openkeye.common.checks import InputError
 from openkeye.common.launch import local_rank, num_ranks, rank
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig
+from openkeye.engine.graphs import StepRow
+from openkeye.engine.pages import with_cache_tokens
 from openkeye.engine.ranks import End, Ranks, join
+from openkeye.engine.request import Request
 from openkeye.engine.runner import Runner
 from openkeye.engine.sharded_past import ShardedPast
 from openkeye.inputs.patches import Patches
-from openkeye.model.sharding import Shard
+from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import ALONE, Shard, local_config
 from openkeye.model.weights import load_model
 
 
@@ -37,15 +41,16 @@ class ModelSettings:
     attention: str
     config: EngineConfig
 
-    def load(self, shard: Shard) -> Runner:
-        """A runner of one rank's part.
+    def load(self, shard: Shard) -> tuple[KeyeModel, EngineConfig]:
+        """One rank's part, and the settings with the number of cache tokens that it has room for.
 
         Raises:
-            InputError: no checkpoint that so many ranks can share.
+            InputError: no checkpoint that so many ranks can share, or no room for a page.
         """
-        model = load_model(self.model_dir, self.device, self.dtype, shard=shard)
-        kind = Runner if shard.size == 1 else LeadingRunner if shard.rank == 0 else ShardedRunner
-        return kind(model, self.config, self.attention)
+        are_e4m3 = self.config.experts == "e4m3"
+        model = load_model(self.model_dir, self.device, self.dtype, are_experts_e4m3=are_e4m3, shard=shard)
+        local = local_config(model.config, shard.size)
+        return model, with_cache_tokens(self.config, local, self.device, self.dtype, self.attention)
 
 
 # What the leader tells; `number` is the runner's.
@@ -65,6 +70,16 @@ class Opened:
 
     error: str | None
     # one line, where the checkpoint cannot be used
+    cache_tokens: int | None
+    # for which there is room
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Make the caches, on all ranks for as many tokens."""
+
+    number: int
+    cache_tokens: int
 
 
 @dataclass(frozen=True)
@@ -75,15 +90,22 @@ class Close:
 
 
 @dataclass(frozen=True)
-class SegmentOrder:
-    """A `Segment`: of its pages only those that the follower does not know."""
+class PagesOrder:
+    """A request's pages, of which the follower knows some."""
 
     key: int
     # of the request
+    num_known: int
+    new: list[int]
+
+
+@dataclass(frozen=True)
+class SegmentOrder:
+    """A `Segment`."""
+
+    pages: PagesOrder
     start: int
     count: int
-    num_known_pages: int
-    new_pages: list[int]
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,15 @@ class Walk:
     segments: list[SegmentOrder]
     position_ids: np.ndarray
     # [3, T] int64
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Run a captured step of decoding."""
+
+    number: int
+    rows: list[tuple[PagesOrder, int, int, int, int]]
+    # token, position, slot and length of a `StepRow` behind its request's pages
 
 
 @dataclass(frozen=True)
@@ -145,6 +176,14 @@ class LeadingRunner(ShardedRunner):
             dist.broadcast(embeds_TD, src=0)
             return super().walk(batch, embeds_TD, position_ids_3T)
 
+    def replay(self, rows: list[StepRow]) -> Tensor:
+        """See `Runner.replay`."""
+        told, self._pages_told = self._pages_told, {}
+        orders = [(self._pages(row.request, told), row.token, row.position, row.slot, row.length) for row in rows]
+        with self.ranks.in_step():
+            self.ranks.tell(Replay(self.number, orders))
+            return super().replay(rows)
+
     def logits(self, hidden_TD: Tensor, rows_N: Tensor) -> Tensor:
         """See `Runner.logits`."""
         with self.ranks.in_step():
@@ -176,15 +215,36 @@ class LeadingRunner(ShardedRunner):
 
     def _segments(self, batch: Batch) -> list[SegmentOrder]:
         """A batch in words; followers know the pages of the requests of the batch before, and no others."""
-        told, self._pages_told, orders = self._pages_told, {}, []
-        for segment in batch.segments:
-            key, pages = id(segment.request), segment.request.pages
-            known, num_known = told.get(key, (pages, 0))
-            # After a preemption, and where another request has the key now, the list is another.
-            num_known = num_known if known is pages else 0
-            orders.append(SegmentOrder(key, segment.start, segment.count, num_known, pages[num_known:]))
-            self._pages_told[key] = (pages, len(pages))
-        return orders
+        told, self._pages_told = self._pages_told, {}
+        return [SegmentOrder(self._pages(one.request, told), one.start, one.count) for one in batch.segments]
+
+    def _pages(self, request: Request, told: dict[int, tuple[list[int], int]]) -> PagesOrder:
+        """Whatever the follower was not told with the batch before."""
+        key, pages = id(request), request.pages
+        known, num_known = told.get(key, (pages, 0))
+        # After a preemption, and where another request has the key now, the list is another.
+        num_known = num_known if known is pages else 0
+        self._pages_told[key] = (pages, len(pages))
+        return PagesOrder(key, num_known, pages[num_known:])
+
+
+@dataclass(eq=False)
+class _Known:
+    """What a follower knows of a request: as much as a `StepRow` asks of one."""
+
+    pages: list[int] = field(default_factory=list)
+    slots: Tensor | None = None
+    # [pages * page_size] int64, of the pages that a walk has seen
+
+    def slots_of(self, page_size: int, device: torch.device) -> Tensor:
+        """Cache slots of all pages."""
+        num_done = 0 if self.slots is None else self.slots.shape[0] // page_size
+        if num_done < len(self.pages):
+            starts = torch.tensor(self.pages[num_done:], dtype=torch.int64, device=device) * page_size
+            slots = (starts[:, None] + torch.arange(page_size, device=device)).flatten()
+            self.slots = slots if self.slots is None else torch.cat([self.slots, slots])
+        assert self.slots is not None
+        return self.slots
 
 
 class _Follower:
@@ -192,19 +252,27 @@ class _Follower:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.slots: dict[int, Tensor] = {}
-        # by the request's key: the cache slots of its pages
+        self.requests: dict[int, _Known] = {}
+        # by key, those of the batch before
         self.hidden_TD = torch.empty(0)
 
     def walk(self, order: Walk) -> None:
         """Carry out the order."""
         runner = self.runner
         num_tokens, width = order.position_ids.shape[1], runner.model.config.hidden_size
-        batch = Batch([self._segment(segment) for segment in order.segments])
-        self.slots = {segment.key: self.slots[segment.key] for segment in order.segments}
+        requests = self._learn([segment.pages for segment in order.segments])
+        pairs = zip(order.segments, requests, strict=True)
+        batch = Batch([self._segment(segment, request) for segment, request in pairs])
         embeds = torch.empty(num_tokens, width, device=runner.device, dtype=runner.dtype)
         dist.broadcast(embeds, src=0)
         self.hidden_TD = runner.walk(batch, embeds, torch.from_numpy(order.position_ids))
+
+    def replay(self, order: Replay) -> None:
+        """Carry out the order."""
+        requests = self._learn([pages for pages, *_ in order.rows])
+        # The graphs only read a request's pages.
+        rows = [StepRow(request, *row[1:]) for request, row in zip(requests, order.rows, strict=True)]  # type: ignore[arg-type]
+        self.runner.replay(rows)
 
     def logits(self, order: Logits) -> None:
         """Carry out the order."""
@@ -220,13 +288,18 @@ class _Follower:
         dist.recv(pixels, src=0)
         dist.send(runner.encode(Patches(pixels, grid_thw)).contiguous(), dst=0)
 
-    def _segment(self, order: SegmentOrder) -> Segment:
-        if order.new_pages:
-            size, device = self.runner.caches.page_size, self.runner.device
-            starts = torch.tensor(order.new_pages, dtype=torch.int64, device=device) * size
-            slots = (starts[:, None] + torch.arange(size, device=device)).flatten()
-            self.slots[order.key] = torch.cat([self.slots[order.key], slots]) if order.num_known_pages else slots
-        slots = self.slots[order.key]
+    def _learn(self, orders: list[PagesOrder]) -> list[_Known]:
+        """The requests of a batch; those of the batch before that are not in it are forgotten."""
+        before, self.requests = self.requests, {}
+        for order in orders:
+            request = before[order.key] if order.num_known else _Known()
+            # In place: the list is the same while the request keeps its pages.
+            request.pages += order.new
+            self.requests[order.key] = request
+        return list(self.requests.values())
+
+    def _segment(self, order: SegmentOrder, request: _Known) -> Segment:
+        slots = request.slots_of(self.runner.caches.page_size, self.runner.device)
         # Only the leader's runner reads requests.
         return Segment(None, order.start, order.count, slots[: order.start + order.count])  # type: ignore[arg-type]
 
@@ -241,7 +314,7 @@ def open_runner(settings: ModelSettings) -> Runner:
         InputError: the checkpoint cannot be used or shared, GPUs are missing, or this process is a follower.
     """
     if num_ranks() == 1:
-        return settings.load(Shard())
+        return Runner(*settings.load(ALONE), settings.attention)
     if rank():
         raise InputError(f"rank {rank()} of {num_ranks()} follows rank 0; call openkeye.engine.parallel.follow() there")
     if settings.device.type == "cuda" and torch.cuda.device_count() < num_ranks():
@@ -252,7 +325,7 @@ def open_runner(settings: ModelSettings) -> Runner:
     ranks.tell(Open(number, settings))
     errors = []
     try:
-        runner = settings.load(ranks.shard)
+        model, config = settings.load(ranks.shard)
     except InputError as error:
         errors.append(str(error))
     answers = [ranks.hear() for _ in range(1, ranks.shard.size)]
@@ -260,7 +333,9 @@ def open_runner(settings: ModelSettings) -> Runner:
     if errors:
         ranks.tell_later(Close(number))
         raise InputError(errors[0])
-    assert isinstance(runner, LeadingRunner)
+    cache_tokens = min(tokens for tokens in (config.cache_tokens, *(answer.cache_tokens for answer in answers)) if tokens)
+    ranks.tell(Begin(number, cache_tokens))
+    runner = LeadingRunner(model, replace(config, cache_tokens=cache_tokens), settings.attention)
     runner.lead(ranks, number)
     weakref.finalize(runner, ranks.tell_later, Close(number))
     return runner
@@ -276,13 +351,21 @@ def follow() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     followers: dict[int, _Follower] = {}
+    opened: tuple[KeyeModel, EngineConfig, str] | None = None
     while not isinstance(order := ranks.hear(), End):
         if isinstance(order, Open):
-            _open(ranks, order, followers)
+            opened = _open(ranks, order)
+        elif isinstance(order, Begin):
+            assert opened is not None
+            model, config, attention = opened
+            runner = ShardedRunner(model, replace(config, cache_tokens=order.cache_tokens), attention)
+            followers[order.number], opened = _Follower(runner), None
         elif isinstance(order, Close):
             followers.pop(order.number, None)
         elif isinstance(order, Walk):
             followers[order.number].walk(order)
+        elif isinstance(order, Replay):
+            followers[order.number].replay(order)
         elif isinstance(order, Logits):
             followers[order.number].logits(order)
         else:
@@ -291,15 +374,15 @@ def follow() -> None:
     ranks.close()
 
 
-def _open(ranks: Ranks, order: Open, followers: dict[int, _Follower]) -> None:
+def _open(ranks: Ranks, order: Open) -> tuple[KeyeModel, EngineConfig, str] | None:
     """Load, and tell the leader how it went."""
-    device = order.settings.device
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank())
+    settings = order.settings
+    if settings.device.type == "cuda":
+        settings = replace(settings, device=torch.device("cuda", local_rank()))
     try:
-        runner = replace(order.settings, device=device).load(ranks.shard)
+        model, config = settings.load(ranks.shard)
     except InputError as error:
-        ranks.tell(Opened(f"rank {ranks.shard.rank}: {error}"))
-    else:
-        followers[order.number] = _Follower(runner)
-        ranks.tell(Opened(None))
+        ranks.tell(Opened(f"rank {ranks.shard.rank}: {error}", None))
+        return None
+    ranks.tell(Opened(None, config.cache_tokens))
+    return model, config, settings.attention

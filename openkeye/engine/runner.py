@@ -7,6 +7,7 @@ from torch import Tensor
 
 from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
+from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Picture, Request
 from openkeye.engine.vision_cache import VisionCache
@@ -22,9 +23,16 @@ class Runner:
         self.model = model
         self.config = config
         self.attention = attention
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.caches = PagedCaches(local_config(model.config, model.shard.size), config, self.device, self.dtype)
+        model.join_projections()
+        embeddings = model.model.embed_tokens.weight
+        self.device, self.dtype = embeddings.device, embeddings.dtype
+        local = local_config(model.config, model.shard.size)
+        self.caches = PagedCaches(local, config, self.device, self.dtype, has_index=attention == "sparse")
+        self.graphs: DecodeGraphs | None = None
+        if config.has_graphs and can_capture(model, self.caches, attention):
+            assert config.cache_tokens is not None
+            longest = min(config.cache_tokens, model.config.max_position_embeddings)
+            self.graphs = DecodeGraphs(model, self.caches, attention, config.max_batch_requests, longest)
         self.vision_cache = VisionCache(config.vision_cache_bytes)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
@@ -32,6 +40,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        if self.graphs is not None and self._can_replay(batch):
+            return self.replay([self._step_row(segment) for segment in batch.segments])
         hidden = self.run_hidden(batch)
         last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
         return self.logits(hidden, last)
@@ -48,6 +58,11 @@ class Runner:
         """[N, V] of some rows (int64, on the host) of what `run_hidden` returned last."""
         return self.model.logits(hidden_TD[rows_N.to(self.device)])
 
+    def replay(self, rows: list[StepRow]) -> Tensor:
+        """[B, V] of a step of answers under way, from a captured graph."""
+        assert self.graphs is not None
+        return self.graphs.run(rows)
+
     def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
         """The decoder's hidden states of a batch, [T, hidden]; positions come on the host."""
         return self.model(embeds_TD, position_ids_3T.to(self.device), self.past_of(batch))
@@ -59,6 +74,17 @@ class Runner:
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
         return self.model.encode_patches(patches)
+
+    def _can_replay(self, batch: Batch) -> bool:
+        """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""
+        widened = range(self.model.config.indexer.top_k, self.config.dense_up_to or 0) if self.attention == "sparse" else ()
+        return all(segment.request.is_answering and segment.start not in widened for segment in batch.segments)
+
+    def _step_row(self, segment: Segment) -> StepRow:
+        request, page_size = segment.request, self.config.page_size
+        slot = request.pages[segment.start // page_size] * page_size + segment.start % page_size
+        position = segment.start + request.prompt.model_input.rope_delta
+        return StepRow(request, request.output_ids[-1], position, slot, segment.end)
 
     def _positions(self, segment: Segment) -> Tensor:
         """[3, count]: the prompt's own, then index + delta on all axes."""

@@ -19,6 +19,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
+        assert config.cache_tokens is not None, "see `pages.with_cache_tokens`"
         self.pool = PagePool(config.cache_tokens // config.page_size)
         self.prefix_cache = PrefixCache(self.pool)
         self.waiting: deque[Request] = deque()

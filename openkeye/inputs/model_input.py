@@ -1,6 +1,7 @@
 """`ModelInput`: everything the network needs for one prompt, and nothing else."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class ModelInput:
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
+    @cached_property
     def rope_delta(self) -> int:
         """Position of the next token minus its index: max position + 1 - T (zero or negative)."""
         return int(self.position_ids.max()) + 1 - self.num_tokens

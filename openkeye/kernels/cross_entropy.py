@@ -1,8 +1,8 @@
 """`cross_entropy` that never holds the logits of all tokens: a vocabulary's worth of them comes and goes in chunks.
 
-Twin: `reference.cross_entropy`. On a GPU in bfloat16 the logits leave the matrix unit as fp32 and are summed there and then
-(`cross_entropy_tiles`); everywhere else they are made by plain products, in slabs of tokens. Going back, logits are made anew
-for a chunk of the vocabulary, turned into their gradients in place, and multiplied into both gradients with fp32 sums.
+Twin: `reference_learning.cross_entropy`. On a GPU in bfloat16 the logits leave the matrix unit as fp32 and are summed there
+and then (`cross_entropy_tiles`); everywhere else they are made by plain products, in slabs of tokens. Going back, logits are
+made anew for a chunk of the vocabulary, turned into their gradients in place, and multiplied into both with fp32 sums.
 
 Letters: T tokens, D width, V vocabulary; C entries of a chunk of the vocabulary, R tokens of a block.
 """
@@ -10,8 +10,9 @@ Letters: T tokens, D width, V vocabulary; C entries of a chunk of the vocabulary
 import torch
 from torch import Tensor
 
-from openkeye.kernels import reference
-from openkeye.kernels.reference import TokenLosses, widen
+from openkeye.kernels import reference_learning
+from openkeye.kernels.reference import widen
+from openkeye.kernels.reference_learning import TokenLosses
 
 MAX_SCRATCH_BYTES = 512 << 20
 # of logits' gradients, or of their partial sums
@@ -28,7 +29,9 @@ def cross_entropy(
     token_weights_T: Tensor | None = None,
     max_scratch_bytes: int | None = None,
 ) -> TokenLosses:
-    """See `reference.cross_entropy`; gradients flow from losses, log-probabilities and log-sum-exps to tokens and weights.
+    """See `reference_learning.cross_entropy`; with gradients for tokens and weights.
+
+    They flow from losses, log-probabilities and log-sum-exps.
 
     Args:
         labels_T: int32 or int64 below V, negative for tokens that are left out; a label beyond gives nan on a GPU.
@@ -69,7 +72,7 @@ class LogProbabilities(torch.autograd.Function):
 
             found = statistics(hidden_TD.contiguous(), weight_VD.contiguous(), labels_T, max_scratch_bytes)
         else:
-            found = reference.cross_entropy(hidden_TD, weight_VD, labels_T, None, max_scratch_bytes)[1:]
+            found = reference_learning.cross_entropy(hidden_TD, weight_VD, labels_T, None, max_scratch_bytes)[1:]
         ctx.save_for_backward(hidden_TD, weight_VD, labels_T, found[1])
         ctx.max_scratch_bytes, ctx.is_tiled = max_scratch_bytes, is_tiled  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(*found[2:])

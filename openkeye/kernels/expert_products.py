@@ -102,7 +102,7 @@ def choose_tiles(product: str, routes: Routes, dtype: torch.dtype, weight_dtype:
     name = f"{product} e4m3" if weight_dtype == FP8 else product
     choices = FLOAT32_TILES if dtype == torch.float32 else table[name]
     fitting = [tiles for tiles in choices if tiles.rows == routes.block_rows] or choices[-1:]
-    is_few = routes.order_R.shape[0] <= FEW_ROWS * routes.ends_E.shape[0]
+    is_few = routes.is_each_alone or routes.order_R.shape[0] <= FEW_ROWS * routes.ends_E.shape[0]
     return fitting[0] if is_few else fitting[-1]
 
 
@@ -187,6 +187,7 @@ def _constants(tiles: Tiles, routes: Routes, weight: Tensor, x: Tensor) -> dict[
         "BLOCK_ROWS": routes.block_rows,
         "BLOCK_COLUMNS": tiles.columns,
         "BLOCK_DEPTH": tiles.depth,
+        "IS_ALONE": routes.is_each_alone,
         "IS_E4M3": weight.dtype == FP8,
         "IS_COMPILED": x.is_cuda,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
@@ -274,6 +275,7 @@ def _gate_up(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    IS_ALONE: tl.constexpr,
     IS_E4M3: tl.constexpr,
     IS_COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -289,7 +291,7 @@ def _gate_up(
     expert = tl.load(tile_experts + tile).to(tl.int64)
     if expert < 0:
         return
-    end = tl.load(ends + expert)
+    end = tl.load(ends + (tile if IS_ALONE else expert))
     row_M = tl.load(tile_rows + tile) + tl.arange(0, BLOCK_ROWS)
     # Beyond the expert's last row that row stands in: what it gives is not stored.
     token_M = (tl.load(order + tl.minimum(row_M, end - 1)) // PICKED).to(tl.int64)
@@ -362,6 +364,7 @@ def _project_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    IS_ALONE: tl.constexpr,
     IS_E4M3: tl.constexpr,
     IS_COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -374,7 +377,7 @@ def _project_rows(
     expert = tl.load(tile_experts + tile).to(tl.int64)
     if expert < 0:
         return
-    end = tl.load(ends + expert)
+    end = tl.load(ends + (tile if IS_ALONE else expert))
     row_M = tl.load(tile_rows + tile) + tl.arange(0, BLOCK_ROWS)
     safe_M = tl.minimum(row_M, end - 1)
     column_N = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

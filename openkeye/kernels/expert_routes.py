@@ -6,6 +6,7 @@ beyond the last used one say so. The same bits on every run.
 Letters: T tokens, K picked experts, E experts, R rows (the T * K picks, sorted by expert), N tiles.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ SPAN = 256
 # picks of one program
 MAX_ALONE = 512
 # picks that one program sorts by itself: three launches cost more than its few steps
+MAX_UNSORTED = 32
+# picks that are better not sorted at all: an expert that two of them chose is read twice
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ class Routes:
     # int32: the first row of the tile
     block_rows: int
     # rows of a tile; the last of an expert may have fewer
+    is_each_alone: bool = False
+    # every pick is a tile of its own (`route_few`); ends_E then has an entry a tile and not an expert
+
+
+def route_few(expert_ids_TK: Tensor, block_rows: int) -> Routes:
+    """Routes of so few picks that hardly two chose one expert: none is sorted, so that nothing is launched."""
+    places, ends = _few_places(expert_ids_TK.numel(), expert_ids_TK.device)
+    return Routes(places, ends, expert_ids_TK.flatten(), places, block_rows, is_each_alone=True)
+
+
+@functools.cache
+def _few_places(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    places = torch.arange(num_rows, dtype=torch.int32, device=device)
+    return places, places + 1
 
 
 def build_routes(expert_ids_TK: Tensor, num_experts: int, block_rows: int) -> Routes:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels.expert_products import add_picks, choose_block_rows, project_and_activate, project_rows
-from openkeye.kernels.expert_routes import Routes, build_routes
+from openkeye.kernels.expert_routes import MAX_UNSORTED, Routes, build_routes, route_few
 from openkeye.kernels.experts import check_supported
 
 
@@ -46,10 +46,9 @@ def experts_share(
 
 def _own_routes(ids_TK: Tensor, is_own_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Routes:
     """Tiles of the rows of this rank's experts; the rows of other picks lie behind the last of them."""
-    routes = build_routes(
-        torch.where(is_own_TK, ids_TK, num_experts),
-        num_experts + 1,
-        choose_block_rows(ids_TK.numel(), num_experts + 1, dtype),
-    )
+    block_rows = choose_block_rows(ids_TK.numel(), num_experts + 1, dtype)
+    if ids_TK.numel() <= MAX_UNSORTED:
+        return route_few(torch.where(is_own_TK, ids_TK, -1), block_rows)
+    routes = build_routes(torch.where(is_own_TK, ids_TK, num_experts), num_experts + 1, block_rows)
     tile_experts_N = torch.where(routes.tile_experts_N == num_experts, -1, routes.tile_experts_N)
     return replace(routes, tile_experts_N=tile_experts_N)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openkeye.kernels import reference
 from openkeye.kernels.expert_products import FP8, add_picks, choose_block_rows, project_and_activate, project_rows
-from openkeye.kernels.expert_routes import Routes, build_routes
+from openkeye.kernels.expert_routes import MAX_UNSORTED, Routes, build_routes, route_few
 from openkeye.kernels.experts_backward import experts_backward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,7 +111,11 @@ def run_experts(
         return torch.zeros_like(x_TD), None, None
     num_experts = gate_up_EDF.shape[0]
     x = x_TD.contiguous()
-    routes = build_routes(expert_ids_TK, num_experts, choose_block_rows(expert_ids_TK.numel(), num_experts, x.dtype))
+    block_rows = choose_block_rows(expert_ids_TK.numel(), num_experts, x.dtype)
+    if expert_ids_TK.numel() <= MAX_UNSORTED and not keeps_projections:
+        routes = route_few(expert_ids_TK, block_rows)
+    else:
+        routes = build_routes(expert_ids_TK, num_experts, block_rows)
     activated, projections = project_and_activate(x, gate_up_EDF, gate_up_scale_EF, routes, num_picked, keeps_projections)
     picks = project_rows(activated, down_EFD, down_scale_ED, routes)
     return add_picks(picks, num_picked, weights_TK), routes, projections

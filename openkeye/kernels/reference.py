@@ -6,8 +6,6 @@ Letters: T query tokens, S keys, H query heads, G KV heads, D head width, J inde
 E experts, F expert width. Memory is O(T * K) everywhere: scores and gathered keys are made in slabs of queries.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,7 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _slab_rows(row_bytes: int, max_scratch_bytes: int | None, device: torch.device) -> int:
+def slab_rows(row_bytes: int, max_scratch_bytes: int | None, device: torch.device) -> int:
     """How many queries go through at a time."""
     default = CPU_SCRATCH_BYTES if device.type == "cpu" else GPU_SCRATCH_BYTES
     return max(1, (max_scratch_bytes or default) // max(1, row_bytes))
@@ -279,8 +277,23 @@ def in_page_order(
 ) -> tuple[Tensor, Tensor | None]:
     """Keys and scales of a sequence's pages, one page after the other, out of all slots of a cache."""
     pages = page_table_P.long()
-    keys = key_SI.unflatten(0, (-1, page_size))[pages].flatten(0, 1)
+    # Bytes, because not every device gathers e4m3 by index.
+    stored = key_SI.view(torch.uint8) if key_SI.dtype == torch.float8_e4m3fn else key_SI
+    keys = stored.unflatten(0, (-1, page_size))[pages].flatten(0, 1).view(key_SI.dtype)
     return keys, None if key_scales_S is None else key_scales_S.unflatten(0, (-1, page_size))[pages].flatten()
+
+
+def read_pages(
+    cache_NGD: Tensor, page_table_P: Tensor, num_keys: int, page_size: int, dtype: torch.dtype, scales_NG: Tensor | None = None
+) -> Tensor:
+    """Keys or values of a sequence's first positions out of its pages, [num_keys, G, D] in dtype; e4m3 times its scales."""
+    position = torch.arange(num_keys, device=cache_NGD.device)
+    slots = page_table_P.long()[position // page_size] * page_size + position % page_size
+    if scales_NG is None:
+        return cache_NGD.index_select(0, slots).to(dtype)
+    # Bytes, because not every device gathers e4m3 by index.
+    codes = cache_NGD.view(torch.uint8).index_select(0, slots).view(torch.float8_e4m3fn)
+    return (codes.float() * scales_NG.index_select(0, slots)[:, :, None]).to(dtype)
 
 
 def indexer_select(
@@ -328,7 +341,7 @@ def indexer_select(
     rows = (~is_short).nonzero().flatten()
     # A score and its copies: one product per head, the sum, the masked sum and its column number.
     row_bytes = num_keys * widen(key_SI[:0]).element_size() * (num_heads + 3)
-    slab = _slab_rows(row_bytes, max_scratch_bytes, device)
+    slab = slab_rows(row_bytes, max_scratch_bytes, device)
     for start in range(0, rows.shape[0], slab):
         part = rows[start : start + slab]
         last = int(query_positions_T[part].max()) + 1
@@ -360,7 +373,7 @@ def sparse_attention(
     query_TGRD = widen(query_THD).unflatten(1, (num_groups, num_heads // num_groups)) * scale
     # Gathered keys and values of all groups, as they come and widened.
     row_bytes = 4 * indices_TK.shape[1] * num_groups * width * query_TGRD.element_size()
-    slab = _slab_rows(row_bytes, max_scratch_bytes, key_SGD.device)
+    slab = slab_rows(row_bytes, max_scratch_bytes, key_SGD.device)
     outputs = []
     for start in range(0, num_queries, slab):
         indices = indices_TK[start : start + slab]
@@ -391,7 +404,7 @@ def _masked_attention(
     keys_GSD, values_GSD = widen(key_SGD).transpose(0, 1), widen(value_SGD).transpose(0, 1)
     query_GTRD = widen(query_THD).unflatten(1, (num_groups, num_heads // num_groups)).transpose(0, 1) * scale
     # Scores, masked scores and weights of all heads.
-    slab = _slab_rows(3 * num_keys * num_heads * query_GTRD.element_size(), max_scratch_bytes, key_SGD.device)
+    slab = slab_rows(3 * num_keys * num_heads * query_GTRD.element_size(), max_scratch_bytes, key_SGD.device)
     outputs = []
     for start in range(0, num_queries, slab):
         indices = indices_TK[start : start + slab].long()
@@ -453,7 +466,7 @@ def dense_attention(
     # The fused product needs no scores in memory but the mask; where it falls back on plain products, those of all heads.
     slab = num_queries
     if query_positions_T is not None:
-        slab = _slab_rows(num_keys * key.element_size() * (num_heads + 1), max_scratch_bytes, key.device)
+        slab = slab_rows(num_keys * key.element_size() * (num_heads + 1), max_scratch_bytes, key.device)
     columns = torch.arange(num_keys, device=key.device)
     outputs = []
     for start in range(0, num_queries, slab):
@@ -480,7 +493,7 @@ def attention_lse(
     key_GDS = widen(key_SGD).permute(1, 2, 0)
     query_GTRD = widen(query_THD).unflatten(1, (num_groups, num_heads // num_groups)).transpose(0, 1) * scale
     # Scores of all heads and their masked copy.
-    slab = _slab_rows(2 * num_keys * num_heads * key_GDS.element_size(), max_scratch_bytes, key_SGD.device)
+    slab = slab_rows(2 * num_keys * num_heads * key_GDS.element_size(), max_scratch_bytes, key_SGD.device)
     columns = torch.arange(num_keys, device=key_SGD.device)
     sums = []
     for start in range(0, num_queries, slab):
@@ -554,6 +567,17 @@ def packed_attention(
     )[0]
 
 
+def route(logits_TE: Tensor, num_picked: int, is_normalised: bool) -> tuple[Tensor, Tensor]:
+    """The router's picks: weights [T, K] in the logits' dtype and expert ids [T, K] int64, the likeliest first.
+
+    Softmax over all experts in fp32, the best K, where asked for divided by their sum (spec: 3.10).
+    """
+    weights, expert_ids = widen(logits_TE).softmax(dim=-1).topk(num_picked, dim=-1)
+    if is_normalised:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.to(logits_TE.dtype), expert_ids
+
+
 def experts(
     x_TD: Tensor,
     gate_up_EDF: Tensor,
@@ -596,45 +620,3 @@ def quantize_expert_weights(weight_EIO: Tensor) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(dim=1) / 448.0
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     return (wide / scale[:, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
-
-
-class TokenLosses(NamedTuple):
-    """What `cross_entropy` says of each token, all [T]; zeros, and -1 for best_T, where a token has no label."""
-
-    loss_T: Tensor
-    # weight * -log p(label), fp32 as all but best_T
-    log_probability_T: Tensor
-    # log p(label)
-    lse_T: Tensor
-    # logarithm of the softmax's sum
-    entropy_T: Tensor
-    # of the softmax, in nats; without gradient
-    best_T: Tensor
-    # int64, the likeliest entry of the vocabulary, the smaller of equals; without gradient
-
-
-def cross_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    token_weights_T: Tensor | None = None,
-    max_scratch_bytes: int | None = None,
-) -> TokenLosses:
-    """Cross entropy of softmax(hidden weight^T) with one label a token; a negative label leaves its token out.
-
-    Learning keeps the logits [T, V]; without gradients only those of a slab of tokens stand in memory at a time.
-    """
-    slab = _slab_rows(4 * weight_VD.shape[0] * widen(hidden_TD[:0]).element_size(), max_scratch_bytes, hidden_TD.device)
-    is_learnt = labels_T >= 0
-    parts = []
-    for start in range(0, max(1, labels_T.shape[0]), slab):
-        logits = widen(hidden_TD[start : start + slab]) @ widen(weight_VD).t()
-        labels = labels_T[start : start + slab].clamp_min(0)[:, None]
-        lse = logits.logsumexp(dim=-1)
-        still = logits.detach()
-        mean = (still.softmax(dim=-1) * still).sum(dim=-1)
-        parts.append((logits.gather(1, labels)[:, 0] - lse, lse, lse.detach() - mean, still.argmax(dim=-1)))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    log_probability, lse, entropy = (torch.where(is_learnt, column, 0.0) for column in columns[:3])
-    loss = -log_probability if token_weights_T is None else -log_probability * widen(token_weights_T)
-    return TokenLosses(loss, log_probability, lse, entropy, torch.where(is_learnt, columns[3], -1))

@@ -1,12 +1,16 @@
-"""What the indexer learns from, in plain PyTorch with autograd: the definitions, beside those of `reference`.
+"""What learning alone needs, in plain PyTorch with autograd: the indexer's losses and the cross entropy of the head.
+
+The definitions, beside those of `reference`.
 
 Letters as in `reference`. All pairs stand in memory while gradients are wanted.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from openkeye.kernels.reference import index_scores, widen
+from openkeye.kernels.reference import index_scores, slab_rows, widen
 
 
 def dense_indexer_loss(
@@ -91,3 +95,45 @@ def _divergence(target_TS: Tensor, scores_TS: Tensor, is_seen_TS: Tensor) -> Ten
 def _weighted(divergence_T: Tensor, weights_T: Tensor | None) -> tuple[Tensor, Tensor]:
     weights = torch.full_like(divergence_T, 1 / max(1, divergence_T.shape[0])) if weights_T is None else weights_T.detach()
     return (weights * divergence_T).sum(), divergence_T.detach()
+
+
+class TokenLosses(NamedTuple):
+    """What `cross_entropy` says of each token, all [T]; zeros, and -1 for best_T, where a token has no label."""
+
+    loss_T: Tensor
+    # weight * -log p(label), fp32 as all but best_T
+    log_probability_T: Tensor
+    # log p(label)
+    lse_T: Tensor
+    # logarithm of the softmax's sum
+    entropy_T: Tensor
+    # of the softmax, in nats; without gradient
+    best_T: Tensor
+    # int64, the likeliest entry of the vocabulary, the smaller of equals; without gradient
+
+
+def cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    token_weights_T: Tensor | None = None,
+    max_scratch_bytes: int | None = None,
+) -> TokenLosses:
+    """Cross entropy of softmax(hidden weight^T) with one label a token; a negative label leaves its token out.
+
+    Learning keeps the logits [T, V]; without gradients only those of a slab of tokens stand in memory at a time.
+    """
+    slab = slab_rows(4 * weight_VD.shape[0] * widen(hidden_TD[:0]).element_size(), max_scratch_bytes, hidden_TD.device)
+    is_learnt = labels_T >= 0
+    parts = []
+    for start in range(0, max(1, labels_T.shape[0]), slab):
+        logits = widen(hidden_TD[start : start + slab]) @ widen(weight_VD).t()
+        labels = labels_T[start : start + slab].clamp_min(0)[:, None]
+        lse = logits.logsumexp(dim=-1)
+        still = logits.detach()
+        mean = (still.softmax(dim=-1) * still).sum(dim=-1)
+        parts.append((logits.gather(1, labels)[:, 0] - lse, lse, lse.detach() - mean, still.argmax(dim=-1)))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    log_probability, lse, entropy = (torch.where(is_learnt, column, 0.0) for column in columns[:3])
+    loss = -log_probability if token_weights_T is None else -log_probability * widen(token_weights_T)
+    return TokenLosses(loss, log_probability, lse, entropy, torch.where(is_learnt, columns[3], -1))

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openkeye.kernels.indexer_decode import has_fp8, indexer_decode, num_multiprocessors
+from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.kernels.quantize import e4m3_half, power_of_two_scale
 from openkeye.kernels.sparse_attention import check_supported
 from openkeye.kernels.top_k import top_k_positions
@@ -150,24 +151,11 @@ def sparse_decode(
     return output
 
 
-@dataclass(frozen=True)
-class PagedCaches:
-    """One layer's caches, all slots; scales where they are float8_e4m3fn."""
-
-    key_SGD: Tensor
-    value_SGD: Tensor
-    index_key_SI: Tensor
-    key_scales_SG: Tensor | None = None
-    value_scales_SG: Tensor | None = None
-    index_scales_S: Tensor | None = None
-    page_size: int = 64
-
-
 def sparse_select_decode(
     query_BHD: Tensor,
     index_query_BJI: Tensor,
     gates_BJ: Tensor,
-    caches: PagedCaches,
+    caches: LayerCaches,
     page_table_BP: Tensor,
     lengths_B: Tensor,
     scale: float,
@@ -181,6 +169,7 @@ def sparse_select_decode(
         lengths_B: int32, keys of each request with the new token's own; a request of 0 gets zeros.
         scratch: for at least B requests; it also says how long they may be and how many keys are picked.
     """
+    assert caches.index_key_SI is not None
     max_len = scratch.scores_BL.shape[1]
     num_requests = query_BHD.shape[0]
     scores, picked = scratch.scores_BL[:num_requests], scratch.picked_BK[:num_requests]

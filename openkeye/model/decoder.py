@@ -2,11 +2,12 @@
 
 from torch import Tensor, nn
 
+from openkeye.kernels.dispatch import add_rms_norm
 from openkeye.model.attention import Attention, RotaryTables
 from openkeye.model.config import KeyeConfig
 from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.norm import RmsNorm
-from openkeye.model.past import IndexerOutput, Past
+from openkeye.model.past import CachedPast, IndexerOutput, Past
 from openkeye.model.rotary import mrope_table
 
 
@@ -29,11 +30,15 @@ class DecoderLayer(nn.Module):
 
     def finish(self, x_TD: Tensor, attended_THD: Tensor) -> Tensor:
         """Everything after attention."""
-        x_TD = x_TD + self.self_attn(attended_THD)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        norm = self.post_attention_layernorm
+        x_TD, hidden_TD = add_rms_norm(x_TD, self.self_attn(attended_THD), norm.weight, norm.eps)
+        return x_TD + self.mlp(hidden_TD)
 
-    def forward(self, x_TD: Tensor, rotary: RotaryTables, past: Past) -> Tensor:
+    def forward(self, x_TD: Tensor, rotary: RotaryTables, past: Past | CachedPast) -> Tensor:
         """[T, D] -> [T, D]."""
+        if isinstance(past, CachedPast):
+            query, cached = self.self_attn.write(self.input_layernorm(x_TD), rotary, self.layer_index, past)
+            return self.finish(x_TD, past.attend(self.layer_index, query, cached))
         query, key, value, index = self.begin(x_TD, rotary, past.needs_index)
         return self.finish(x_TD, past.attend(self.layer_index, query, key, value, index))
 
@@ -48,7 +53,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past) -> Tensor:
+    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past | CachedPast) -> Tensor:
         """[T, D] -> final normalised hidden states [T, D]."""
         rotary = RotaryTables(
             *mrope_table(position_ids_3T, self.config.mrope_section, self.config.rope_theta),

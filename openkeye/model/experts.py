@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import experts, experts_share, widen
+from openkeye.kernels.dispatch import experts, experts_share, route
 from openkeye.model.config import KeyeConfig
 from openkeye.model.sharding import ALONE
 
@@ -43,12 +43,9 @@ class MixtureOfExperts(nn.Module):
         logits = self.gate(x_TD)
         if self.keeps_router_logits:
             self.router_logits = logits
-        probabilities = widen(logits).softmax(dim=-1)
-        weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
         own = self.experts
-        tensors = (x_TD, own.gate_up_proj, own.down_proj, weights.to(x_TD.dtype), expert_ids)
+        tensors = (x_TD, own.gate_up_proj, own.down_proj, *picks)
         if self.shard.size == 1:
             return experts(*tensors, own.gate_up_scale, own.down_scale)
         first_expert = self.shard.part(logits.shape[1]).start

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from openkeye.common.checks import InputError
 from openkeye.inputs.patches import Patches
+from openkeye.model.attention import Attention
 from openkeye.model.config import KeyeConfig
 from openkeye.model.decoder import Decoder
-from openkeye.model.past import Past
+from openkeye.model.past import CachedPast, Past
 from openkeye.model.projector import Projector
 from openkeye.model.sharding import ALONE
 from openkeye.model.vision import VisionTower, same_size_runs
@@ -67,9 +68,15 @@ class KeyeModel(nn.Module):
             embeds = embeds.index_copy(0, pads, vectors.to(embeds.dtype))
         return embeds
 
-    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past) -> Tensor:
+    def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past | CachedPast) -> Tensor:
         """Run the decoder on new tokens: [T, hidden] -> normalised hidden states [T, hidden]."""
         return self.model(embeds_TD, position_ids_3T, past)
+
+    def join_projections(self) -> None:
+        """See `Attention.join_projections`; for answering, after the weights are loaded."""
+        for part in self.modules():
+            if isinstance(part, Attention):
+                part.join_projections()
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, hidden] -> [T, vocabulary]."""

@@ -1,8 +1,11 @@
-"""What attention asks of the past. The engine's pages, the trainer's packed batch and `check` each fulfil it.
+"""What attention asks of the past: a `Past` is handed new keys, a `CachedPast` says where they are to be written.
 
-Letters: T new tokens, H query heads, G KV heads, D head width, J indexer heads, I indexer width.
+The trainer's packed batch and `check` are of the first kind, the engine's pages of the second.
+
+Letters: T new tokens, S slots, H query heads, G KV heads, D head width, J indexer heads, I indexer width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels.dispatch import dense_attention, indexer_select, sparse_attention
+from openkeye.kernels.layer_caches import LayerCaches
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,14 @@ class IndexerOutput:
     gates_TJ: Tensor
     # float32, already multiplied by I ** -0.5
     key_TI: Tensor
+
+
+@dataclass(frozen=True)
+class CachedIndex:
+    """The same with the keys in a cache already; where that is e4m3 the queries are too, and their scales in the gates."""
+
+    query_TJI: Tensor
+    gates_TJ: Tensor
 
 
 class Past(Protocol):
@@ -51,6 +63,28 @@ class Past(Protocol):
             [T, H, D]: softmax(q k / sqrt(D)) v over the selected, causal positions of each query's own sequence.
         """
         ...
+
+
+class CachedPast(ABC):
+    """Earlier tokens in caches, whose slots new keys and values are written to by the operation that makes them."""
+
+    @property
+    @abstractmethod
+    def needs_index(self) -> bool:
+        """See `Past.needs_index`."""
+
+    @property
+    @abstractmethod
+    def new_slots_T(self) -> Tensor:
+        """[T] int64: the slot of every new token, the same in all layers; negative: written nowhere."""
+
+    @abstractmethod
+    def caches(self, layer_index: int) -> LayerCaches:
+        """A layer's caches."""
+
+    @abstractmethod
+    def attend(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
+        """`Past.attend` once the new tokens' keys and values stand in their slots."""
 
 
 @dataclass

@@ -1,19 +1,57 @@
-"""One rank of an engine at work, for test_parallel.py: python -m tests.engine.answers_of_ranks MODEL EXTENT OUTPUT [DEVICE]."""
+"""One rank of an engine at work, for test_parallel.py: python -m tests.engine.answers_of_ranks MODEL EXTENT OUTPUT [DEVICE].
+
+EXTENT is whole, brief, or replayed: whole, and steps of answers under way go the way of captured graphs, which here compute.
+"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from openkeye.common.launch import rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.decode import DecodeRows
+from openkeye.engine.graphs import StepRow
 from openkeye.engine.loop import Engine
 from openkeye.engine.parallel import follow
+from openkeye.engine.runner import Runner
+from openkeye.engine.sharded_past import decode_past
+from openkeye.model.keye import KeyeModel
 from tests.engine.conftest import frames_of_clip
 
 TEXTS = ("Name the colours that you know, in any order.", "Count. " * 60, "Why?", "What can be seen at the end? " * 25)
 QUESTIONS = ("When is the red circle visible?", "How many different objects appear in the video?")
+
+
+class EagerSteps:
+    """`DecodeGraphs` without graphs: from the same rows, with the same model call."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def run(self, rows: Sequence[StepRow]) -> torch.Tensor:
+        model, caches = self.runner.model, self.runner.caches
+        table = pad_sequence([torch.tensor(row.request.pages, dtype=torch.int32) for row in rows], batch_first=True)
+        lengths = torch.tensor([row.length for row in rows], dtype=torch.int32)
+        decode_rows = DecodeRows(torch.tensor([row.slot for row in rows]), table, lengths)
+        past = decode_past(model.shard, decode_rows, caches, self.runner.attention, model.config.indexer.top_k)
+        positions = torch.tensor([row.position for row in rows]).expand(3, -1)
+        embeds = model.embed(torch.tensor([row.token for row in rows]), None, None)
+        return model.logits(model(embeds, positions, past))
+
+
+def replay_all_steps() -> None:
+    """Every runner of this process takes its answers under way as captured graphs do."""
+    make = Runner.__init__
+
+    def make_with_steps(self: Runner, model: KeyeModel, config: EngineConfig, attention: str) -> None:
+        make(self, model, config, attention)
+        self.graphs = EagerSteps(self)
+
+    Runner.__init__ = make_with_steps
 
 
 def chat(*content: object) -> list[dict[str, Any]]:
@@ -66,6 +104,8 @@ def work(model: str, extent: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def main() -> None:
+    if sys.argv[2] == "replayed":
+        replay_all_steps()
     if rank():
         follow()
     else:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from openkeye.engine import batch as batch_module
+from openkeye.engine import decode as decode_module
 from openkeye.engine.batch import Batch
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.events import TokenEvent
 from openkeye.engine.loop import Engine
-from openkeye.kernels import reference
 from tests.engine.test_dense_up_to import LENGTH, LIMIT, TOP_K, Sequences, close
 from tests.engine.test_loop import QUESTIONS, all_pages_are_accounted_for, chat
 
@@ -125,31 +124,22 @@ def test_a_mixed_batch_attends_as_its_parts_do():
             close(found, expected[start : start + count])
 
 
-def test_answers_in_a_mixed_batch_are_decoded_in_pages(monkeypatch):
-    """Where the kernels serve; here their twins stand in."""
+def test_answers_in_a_mixed_batch_are_decoded_together(monkeypatch):
     calls = []
+    decode = decode_module.decode_in_pages
 
-    def decode_in_pages(query, index_query, gates, caches, table, lengths, k, page_size, scale):
-        assert table.shape[0] == lengths.shape[0] == query.shape[0]
-        calls.append((query.shape[0], lengths.tolist()))
-        rows = []
-        for row in range(query.shape[0]):
-            slots = (table[row, :, None].long() * page_size + torch.arange(page_size)).flatten()[: lengths[row]]
-            keys, values, index_keys = (cache[slots] for cache in caches)
-            position = lengths[row : row + 1].long() - 1
-            picked = reference.indexer_select(index_query[row : row + 1], gates[row : row + 1], index_keys, k, position)
-            rows.append(reference.sparse_attention(query[row : row + 1], keys, values, picked, scale))
-        return torch.cat(rows)
+    def record(query, index_query, gates, caches, table, lengths, *rest):
+        calls.append((query.shape[0], table.shape[0], lengths.tolist()))
+        return decode(query, index_query, gates, caches, table, lengths, *rest)
 
     sequences = Sequences(3)
     for number, start in ((0, LENGTH - 1), (1, 50), (2, 20)):
         sequences.attend([(number, 0, start)], None)
     parts = [(0, LENGTH - 1, 1), (1, 50, 1), (2, 20, 30)]
-    expected = sequences.attend(parts, None)
-    monkeypatch.setattr(batch_module, "can_decode_in_pages", lambda *_: True)
-    monkeypatch.setattr(batch_module, "decode_in_pages", decode_in_pages)
+    expected = torch.cat([sequences.attend([part], None) for part in parts])
+    monkeypatch.setattr(decode_module, "decode_in_pages", record)
     close(sequences.attend(parts, None), expected)
-    assert calls == [(2, [LENGTH, 51])]
+    assert calls == [(2, 2, [LENGTH, 51])]
 
 
 def test_answers_read_nothing_that_nobody_wrote():

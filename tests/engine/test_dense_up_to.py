@@ -12,8 +12,9 @@ from openkeye.engine.pages import PagedCaches
 from openkeye.inputs.encode import encode
 from openkeye.kernels.reference import dense_attention
 from openkeye.model.config import KeyeConfig
-from openkeye.model.past import IndexerOutput, PlainPast
+from openkeye.model.past import CachedIndex, IndexerOutput, PlainPast
 from openkeye.model.weights import load_model
+from tests.engine.paged_sequences import write_tokens
 from tests.engine.test_loop import QUESTIONS, chat, first_logits
 from tests.model.naive_keye import make_config
 
@@ -43,7 +44,8 @@ class Sequences:
         columns = zip(*([x[start : start + count] for x in self.tokens[number]] for number, start, count in parts), strict=True)
         query, key, value, *index = (torch.cat(column) for column in columns)
         past = PagedPast(Batch(segments), self.caches, attention, TOP_K, dense_up_to)
-        return past.attend(0, query, key, value, IndexerOutput(*index))
+        write_tokens(self.caches, 0, past.new_slots_T, key, value, index[2])
+        return past.attend(0, query, CachedIndex(*index[:2]))
 
     def attend_in_chunks(self, chunk: int, dense_up_to: int | None) -> Tensor:
         """[LENGTH, H, D] of the first sequence."""
@@ -65,9 +67,11 @@ def selected(monkeypatch) -> list[list[int]]:
     calls: list[list[int]] = []
     select = batch_module.indexer_select
 
-    def record(query_TJI: Tensor, gates_TJ: Tensor, key_SI: Tensor, k: int, query_positions_T: Tensor) -> Tensor:
+    def record(
+        query_TJI: Tensor, gates_TJ: Tensor, key_SI: Tensor, k: int, query_positions_T: Tensor, **pages: object
+    ) -> Tensor:
         calls.append(query_positions_T.tolist())
-        return select(query_TJI, gates_TJ, key_SI, k, query_positions_T)
+        return select(query_TJI, gates_TJ, key_SI, k, query_positions_T, **pages)
 
     monkeypatch.setattr(batch_module, "indexer_select", record)
     return calls
@@ -97,12 +101,6 @@ def test_without_a_limit_the_past_is_the_plain_sparse_one(selected):
     assert selected == [list(range(TOP_K, LENGTH))]
     close(sequences.attend_in_chunks(LENGTH, 0), sequences.sparse())
     assert selected[1:] == [list(range(LENGTH))], "with a limit of 0 every query selects"
-
-
-def test_a_short_segment_still_leaves_its_index_keys_behind():
-    sequences = Sequences()
-    sequences.attend([(0, 0, TOP_K)], None)
-    assert torch.equal(sequences.caches.index_keys[0][sequences.slots[0, :TOP_K]], sequences.tokens[0][5][:TOP_K])
 
 
 @pytest.mark.parametrize("dense_up_to", [5, LIMIT, 1000])

@@ -53,7 +53,13 @@ def four_groups(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "extent"), [("openkeye-tiny", 2, "whole"), ("four_groups", 4, "brief"), ("openkeye-tiny", 4, "brief")]
+    ("model", "size", "extent"),
+    [
+        ("openkeye-tiny", 2, "whole"),
+        ("openkeye-tiny", 2, "replayed"),
+        ("four_groups", 4, "brief"),
+        ("openkeye-tiny", 4, "brief"),
+    ],
 )
 def test_ranks_answer_as_one_does(model, size, extent, tmp_path, request):
     folder = str(request.getfixturevalue(model) if model == "four_groups" else model)
@@ -186,8 +192,8 @@ def test_followers_are_told_new_pages_only_and_all_of_them_after_a_preemption():
 
     def told(*requests: SimpleNamespace) -> list[tuple[int, list[int]]]:
         orders = leader._segments(Batch([Segment(request, 0, 1, torch.empty(0)) for request in requests]))
-        assert [order.key for order in orders] == [id(request) for request in requests]
-        return [(order.num_known_pages, order.new_pages) for order in orders]
+        assert [order.pages.key for order in orders] == [id(request) for request in requests]
+        return [(order.pages.num_known, order.pages.new) for order in orders]
 
     assert told(one, two) == [(0, [3, 4]), (0, [7])]
     one.pages += [9]

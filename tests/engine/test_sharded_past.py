@@ -13,9 +13,11 @@ from openkeye.engine import batch as batch_module
 from openkeye.engine import sharded_past as past_module
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.sharded_past import ShardedPast, pick_by_page, pick_by_request
-from openkeye.kernels.reference import indexer_select
-from openkeye.model.past import IndexerOutput
+from openkeye.kernels.layer_caches import LayerCaches
+from openkeye.kernels.reference import indexer_select, quantize_vectors
+from openkeye.model.past import CachedIndex
 from openkeye.model.sharding import Shard
+from tests.engine.paged_sequences import write_tokens
 from tests.engine.test_dense_up_to import LENGTH, TOP_K, Sequences
 
 PAGE_SIZE = 8
@@ -83,7 +85,25 @@ def test_ranks_pick_what_one_picks(lengths, size, has_ties, pick):
         slots = (table[number, :, None].long() * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:length]
         position = torch.tensor([length - 1])
         expected.append(indexer_select(query[number, None], gates[number, None], cache[slots], 12, position)[0])
-    found = on_ranks(size, lambda shard: pick(shard, query, gates, cache, table, lengths_B, 12, PAGE_SIZE))
+    caches = LayerCaches(cache, cache, cache, page_size=PAGE_SIZE)
+    found = on_ranks(size, lambda shard: pick(shard, CachedIndex(query, gates), caches, table, lengths_B, 12))
+    assert all(torch.equal(picked, torch.stack(expected)) for picked in found)
+
+
+@pytest.mark.parametrize("pick", [pick_by_request, pick_by_page])
+@pytest.mark.parametrize("lengths", [[90], [5, 90, 17]])
+def test_ranks_pick_from_index_keys_in_e4m3_too(lengths, pick):
+    query, gates, cache, table, lengths_B = index_case(lengths, False)
+    codes, scales = quantize_vectors(cache.nan_to_num())
+    caches = LayerCaches(cache, cache, codes, None, None, scales, PAGE_SIZE)
+    query_codes, query_scales = quantize_vectors(query)
+    index = CachedIndex(query_codes, gates * query_scales)
+    expected = []
+    for number, length in enumerate(lengths):
+        row, position = slice(number, number + 1), torch.tensor([length - 1])
+        options = {"key_scales_S": scales, "page_table_P": table[number], "page_size": PAGE_SIZE}
+        expected.append(indexer_select(index.query_TJI[row], index.gates_TJ[row], codes, 12, position, **options)[0])
+    found = on_ranks(2, lambda shard: pick(shard, index, caches, table, lengths_B, 12))
     assert all(torch.equal(picked, torch.stack(expected)) for picked in found)
 
 
@@ -94,7 +114,8 @@ def attend(shard: ThreadShard, sequences: Sequences, parts: list[tuple[int, int,
     query, key, value, *index = (torch.cat(column) for column in zip(*columns, strict=True))
     past = ShardedPast(Batch(segments), sequences.caches, "sparse", TOP_K)
     past.shard = shard
-    return past.attend(0, query, key, value, IndexerOutput(*index))
+    write_tokens(sequences.caches, 0, past.new_slots_T, key, value, index[2])
+    return past.attend(0, query, CachedIndex(*index[:2]))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -126,9 +147,9 @@ def test_scoring_is_split_and_not_repeated(monkeypatch, size):
         num_queries.append(query.shape[0])
         return select(query, *others, **options)
 
-    def count_keys(query: Tensor, gates: Tensor, keys: Tensor, table: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+    def count_keys(query: Tensor, gates: Tensor, caches: LayerCaches, table: Tensor, lengths: Tensor) -> Tensor:
         num_keys.append(int(lengths.sum()))
-        return score(query, gates, keys, table, lengths, page_size)
+        return score(query, gates, caches, table, lengths)
 
     monkeypatch.setattr(batch_module, "indexer_select", count_queries)
     monkeypatch.setattr(past_module, "scores_in_pages", count_keys)

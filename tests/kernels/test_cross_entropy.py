@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openkeye.kernels import cross_entropy_tiles, reference
+from openkeye.kernels import cross_entropy_tiles, reference_learning
 from openkeye.kernels.cross_entropy import LogProbabilities, choose_chunks, cross_entropy
 from openkeye.kernels.expert_products import Tiles
 
@@ -34,7 +34,7 @@ def both(num_tokens: int, vocabulary: int, device: str, scratch: int, is_tiled: 
     gradients = draw_gradients(num_tokens, device)
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in (hidden, weight)] for _ in range(2))
     mine = LogProbabilities.apply(*ours, labels, scratch, is_tiled)
-    other = reference.cross_entropy(*theirs, labels)[1:]
+    other = reference_learning.cross_entropy(*theirs, labels)[1:]
     torch.autograd.backward(mine[:2], gradients)
     torch.autograd.backward(other[:2], gradients)
     pairs = [*zip(mine, other, strict=True), *((one.grad, two.grad) for one, two in zip(ours, theirs, strict=True))]

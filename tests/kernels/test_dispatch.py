@@ -14,7 +14,8 @@ from openkeye.engine.config import EngineConfig
 from openkeye.engine.pages import PagedCaches
 from openkeye.kernels import dispatch, reference
 from openkeye.model.config import KeyeConfig
-from openkeye.model.past import IndexerOutput, PlainPast
+from openkeye.model.past import CachedIndex, IndexerOutput, PlainPast
+from tests.engine.paged_sequences import write_tokens
 from tests.model.naive_keye import make_config
 
 SHAPES = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -56,6 +57,8 @@ def cases(device: str, width: int = 64, dtype: torch.dtype = torch.float32) -> d
     index = (make(20, 4 * width + 4), make(20, width, seed=1), *(make(width, seed=seed) for seed in (2, 3, 4)))
     return {
         "rms_norm": (make(20, 48), make(48, seed=1), 1e-6),
+        "add_rms_norm": (make(20, 48), make(20, 48, seed=2), make(48, seed=1), 1e-6),
+        "route": (make(20, 5), 2, True),
         "norm_rotary": (*heads, *tables, 1e-6),
         "index_norm_rotary": (*index, *tables, 1e-6),
         "indexer_select": (query, make(20, 4, seed=5), value[:, 0], TOP_K, positions),
@@ -149,7 +152,7 @@ class Conversation:
             self.segments.append(Segment(None, length - 1, 1, slots))
             self.contexts.append(self._tokens(length, number, device))
             key, value, index = self.contexts[-1][1:]
-            self.caches.write(0, slots, key, value, index.key_TI)
+            write_tokens(self.caches, 0, slots, key, value, index.key_TI)
         self.past = PagedPast(Batch(self.segments), self.caches, "sparse", TOP_K, dense_up_to)
 
     def _tokens(self, count: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, IndexerOutput]:
@@ -160,9 +163,9 @@ class Conversation:
 
     def attend(self) -> Tensor:
         """[requests, H, D] of the last tokens."""
-        last = [(q[-1:], k[-1:], v[-1:], i.query_TJI[-1:], i.gates_TJ[-1:], i.key_TI[-1:]) for q, k, v, i in self.contexts]
-        query, key, value, *index = (torch.cat(column) for column in zip(*last, strict=True))
-        return self.past.attend(0, query, key, value, IndexerOutput(*index))
+        last = [(query[-1:], index.query_TJI[-1:], index.gates_TJ[-1:]) for query, _, _, index in self.contexts]
+        query, *index = (torch.cat(column) for column in zip(*last, strict=True))
+        return self.past.attend(0, query, CachedIndex(*index))
 
     def attend_plainly(self, attention: str = "sparse") -> Tensor:
         """The same without pages."""

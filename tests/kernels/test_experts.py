@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import reference
-from openkeye.kernels.expert_products import Tiles, add_picks, choose_block_rows, project_and_activate
-from openkeye.kernels.expert_routes import MAX_ALONE, build_routes
+from openkeye.kernels.expert_products import Tiles, add_picks, choose_block_rows, project_and_activate, project_rows
+from openkeye.kernels.expert_routes import MAX_ALONE, MAX_UNSORTED, build_routes, route_few
 from openkeye.kernels.experts import experts, quantize_expert_weights
 
 # Triton's interpreter multiplies bfloat16 as if it were integers.
@@ -113,6 +113,20 @@ def test_routes_are_a_stable_sort(device, num_rows, num_experts):
     used = routes.tile_experts_N >= 0
     assert list(zip(routes.tile_experts_N[used].tolist(), routes.tile_rows_N[used].tolist(), strict=True)) == tiles
     assert used[: len(tiles)].all()
+
+
+def test_picks_that_are_not_sorted_give_the_same_bits(device):
+    """Two of them may have chosen one expert."""
+    (x, gate_up, down, weights), ids = case(3, device), picks(3, "random", device)
+    ids[1] = ids[0]
+    assert ids.numel() <= MAX_UNSORTED
+    results = []
+    for routes in (route_few(ids, 16), build_routes(ids, NUM_EXPERTS, 16)):
+        activated = project_and_activate(x, gate_up, None, routes, PICKED)[0]
+        results.append(add_picks(project_rows(activated, down, None, routes), PICKED, weights))
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], reference.experts(x, gate_up, down, weights, ids), atol=1e-4, rtol=1e-4)
+    assert torch.equal(experts(x, gate_up, down, weights, ids), results[0])
 
 
 def test_runs_have_equal_bits(device):

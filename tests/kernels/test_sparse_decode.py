@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import reference
+from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.kernels.sparse_decode import (
     DecodePlan,
     DecodeScratch,
-    PagedCaches,
     decode_plan,
     sparse_decode,
     sparse_select_decode,
@@ -155,19 +155,19 @@ def test_what_is_not_served_is_refused_in_one_sentence(device):
         sparse_decode(query, key, value, lists, 0.1, table, PAGE, scratch=DecodeScratch.empty(1, 8, 8, key, 1))
 
 
-def step_case(lengths: list[int], is_fp8: bool, device: str) -> tuple[tuple[Tensor, ...], PagedCaches, Tensor]:
+def step_case(lengths: list[int], is_fp8: bool, device: str) -> tuple[tuple[Tensor, ...], LayerCaches, Tensor]:
     """Queries, index queries and gates, caches that share slots, and the page table of all three."""
     index_query, gates, index_key, index_scales, table = index_case(lengths, FP8 if is_fp8 else torch.float32, device, PAGE)
     key, value = (draw((index_key.shape[0], 2, 64), device, torch.float32, seed) for seed in (5, 6))
     query = draw((len(lengths), 8, 64), device, torch.float32, 7)
     if not is_fp8:
-        return (query, index_query, gates), PagedCaches(key, value, index_key, page_size=PAGE), table
+        return (query, index_query, gates), LayerCaches(key, value, index_key, page_size=PAGE), table
     (key8, key_scales), (value8, value_scales) = quantized(key), quantized(value)
-    caches = PagedCaches(key8, value8, index_key, key_scales, value_scales, index_scales, PAGE)
+    caches = LayerCaches(key8, value8, index_key, key_scales, value_scales, index_scales, PAGE)
     return (query, index_query, gates), caches, table
 
 
-def expected_step(queries: tuple[Tensor, ...], caches: PagedCaches, table: Tensor, lengths: Tensor, top_k: int) -> Tensor:
+def expected_step(queries: tuple[Tensor, ...], caches: LayerCaches, table: Tensor, lengths: Tensor, top_k: int) -> Tensor:
     query, index_query, gates = queries
     scores = reference.indexer_decode(
         index_query, gates, caches.index_key_SI, table, lengths, int(lengths.max()), caches.index_scales_S, PAGE

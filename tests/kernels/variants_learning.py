@@ -82,9 +82,15 @@ def experts(is_hopper: bool) -> list[Variant]:
         constants = {"EXPERTS": 128, "STEP": expert_routes.STEP, "SPAN": expert_routes.SPAN, "BLOCK_ROWS": 16}
         listed.append(make(kernel, read, constants, 8))
     shape = {"PICKED": 8, "DEPTH": 2048, "WIDTH": 768}
+    alone = {"IS_ALONE": False}
     for kind in ("", " e4m3"):
         # Columns of e4m3 lie in one piece each, of bfloat16 rows do.
-        flags = {"IS_E4M3": bool(kind), "IS_COMPILED": True, "weight_depth" if kind else "weight_column": 1, "SPLITS": 1}
+        flags = alone | {
+            "IS_E4M3": bool(kind),
+            "IS_COMPILED": True,
+            "weight_depth" if kind else "weight_column": 1,
+            "SPLITS": 1,
+        }
         pointers = read | {"weight": "u8" if kind else "bf16"}
         # Of e4m3 the fewest rows and the most.
         ends = slice(None, None, 3 if kind else None)

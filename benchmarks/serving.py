@@ -1,0 +1,335 @@
+"""The engine at full size: what a token costs by its position, dense and sparse, in prefill and in decoding.
+
+    python -m benchmarks.serving [--experts e4m3] [--kv-cache e4m3] [--out FILE] [--json FILE] [--tiny]
+
+The 30B shape with random weights and prompts that select as a trained model does (`benchmarks.random_model`), through the same
+runner, pages and graphs that serve requests. Dense is the same engine with attention to all keys: cuDNN's or FlashAttention's
+for prompts, and for decoding the paged kernel over all positions, whose rate is printed beside FlashAttention's.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import figure
+from benchmarks.random_model import Unions, random_model, shape_30b, shape_tiny, text_prompt, topical_ids
+from benchmarks.rehearsal import header
+from openkeye.engine.batch import Batch, Segment
+from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.graphs import DecodeGraphs
+from openkeye.engine.pages import with_cache_tokens
+from openkeye.engine.request import Request
+from openkeye.engine.runner import Runner
+from openkeye.engine.sampler import sample_batch
+from openkeye.engine.scheduler import Scheduler
+from openkeye.model.config import KeyeConfig
+
+NOISE = 0.16
+# of embeddings, by which 16 neighbours choose about 8K keys between them at 128K
+DECODE_STEPS = 24
+GREEDY = SamplingParameters(max_new_tokens=1)
+# nobody ends these requests
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    chunk: int = 8192
+    prompt_positions: tuple[int, ...] = (2048, 8192, 16384, 32768, 65536, 98304, 131072, 196608, 262144)
+    # ends of chunks
+    decode_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536, 98304, 131072, 262144)
+    batches: tuple[int, ...] = (1, 8, 32)
+    batch_length: int = 8192
+    marks: tuple[int, ...] = (131072, 262144)
+
+
+TINY_PLAN = Plan(32, (32, 64, 128), (32, 64, 128), (1, 2), 64, (64, 128))
+
+
+@dataclass
+class Results:
+    """Everything that was measured, in milliseconds, tokens and bytes."""
+
+    machine: str
+    formats: str
+    prefill_ms: dict[str, dict[int, float]] = field(default_factory=lambda: {"sparse": {}, "dense": {}})
+    # a token, by the end of its chunk
+    decode_ms: dict[str, dict[int, float]] = field(default_factory=lambda: {"sparse": {}, "dense": {}})
+    # a token, by its position, at the batch that fills the memory
+    decode_batch: dict[int, int] = field(default_factory=dict)
+    batch_ms: dict[int, float] = field(default_factory=dict)
+    # a step, by the number of requests
+    batch_bound_ms: dict[int, float] = field(default_factory=dict)
+    unions: dict[int, float] = field(default_factory=dict)
+    first_token_seconds: float = 0.0
+    extra_bytes: int = 0
+    # peak of the longest prompt's prefill above weights and caches
+    cache_tokens: int = 0
+    memory_tbps: float = 0.0
+
+
+class Bench:
+    """The engine without a server: requests are made by hand."""
+
+    def __init__(self, config: KeyeConfig, engine: EngineConfig, plan: Plan, device: str, noise: float) -> None:
+        self.plan, self.model_config, self.device = plan, config, torch.device(device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = random_model(config, device, dtype, engine.experts == "e4m3", noise)
+        self.engine = with_cache_tokens(engine, config, self.device, dtype, "sparse")
+        self.runner = Runner(model, self.engine, "sparse")
+        assert self.engine.cache_tokens is not None
+        room = (self.engine.cache_tokens - self.engine.page_size) // plan.chunk * plan.chunk
+        self.longest = min(max(plan.prompt_positions), room)
+        self._graphs = {"sparse": self.runner.graphs}
+        self.no_slots = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def use(self, attention: str) -> None:
+        """The same weights and pages with the other attention."""
+        if attention not in self._graphs:
+            pages = (self.runner.caches, attention, self.engine.max_batch_requests, self.longest)
+            self._graphs[attention] = DecodeGraphs(self.runner.model, *pages) if self.runner.graphs is not None else None
+        self.runner.attention, self.runner.graphs = attention, self._graphs[attention]
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def request(self, ids_T: Tensor) -> Request:
+        return Request(text_prompt(ids_T), GREEDY, frozenset(), -1, -1, 2)
+
+    def prompt(self, num_tokens: int) -> "Prompt":
+        return Prompt(self, num_tokens)
+
+    def decoding(self, num_requests: int, length: int) -> list[Request]:
+        """Requests whose sequences of `length` tokens lie in pages of their own."""
+        page_size = self.engine.page_size
+        num_pages = -(-(length + DECODE_STEPS) // page_size)
+        order = torch.randperm(self.runner.caches.num_slots // page_size, generator=torch.Generator().manual_seed(1)).tolist()
+        assert num_requests * num_pages <= len(order)
+        made = []
+        for number in range(num_requests):
+            request = self.request(topical_ids(length - 1, self.model_config.vocab_size, seed=number))
+            request.pages = order[number * num_pages : (number + 1) * num_pages]
+            request.num_computed = length - 1
+            request.output_ids = [number]
+            made.append(request)
+        return made
+
+    def step(self, requests: Sequence[Request]) -> None:
+        """One token of each, as `Engine.run_batch` takes them."""
+        segments = [Segment(request, request.num_computed, 1, self.slots(request)) for request in requests]
+        logits = self.runner.run(Batch(segments))
+        tokens = sample_batch(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        for request, token in zip(requests, tokens, strict=True):
+            request.num_computed += 1
+            request.output_ids.append(token)
+
+    def slots(self, request: Request) -> Tensor:
+        """Of its tokens; a captured step asks for none."""
+        if self.runner.graphs is not None:
+            return self.no_slots
+        page_size = self.engine.page_size
+        places = torch.tensor(request.pages)[:, None] * page_size + torch.arange(page_size)
+        return places.flatten()[: request.num_computed + 1].to(self.device)
+
+    def decode_ms(self, num_requests: int, length: int) -> float:
+        """Median milliseconds of a step."""
+        requests = self.decoding(num_requests, length)
+        times = [self.seconds(lambda: self.step(requests)) for _ in range(DECODE_STEPS)]
+        return 1e3 * sorted(times[4:])[len(times[4:]) // 2]
+
+
+class Prompt:
+    """One prompt, chunk by chunk."""
+
+    def __init__(self, bench: Bench, num_tokens: int) -> None:
+        self.bench = bench
+        self.request = bench.request(topical_ids(num_tokens, bench.model_config.vocab_size))
+        self.scheduler = Scheduler(bench.engine, bench.device)
+        self.scheduler.add(self.request)
+
+    def run_chunk(self) -> tuple[int, float]:
+        """The end of the chunk, and seconds."""
+        batch = self.scheduler.next_batch()
+        seconds = self.bench.seconds(lambda: self.bench.runner.run(batch))
+        self.request.num_computed += batch.num_tokens
+        return self.request.num_computed, seconds
+
+    def close(self) -> None:
+        self.scheduler.clear()
+
+
+def measure_prefill(bench: Bench, results: Results) -> None:
+    """Sparse from the first token to the last, with its memory; dense at the plan's positions of the same prompt."""
+    bench.use("sparse")
+    warm = bench.prompt(min(2 * bench.plan.chunk, bench.longest))
+    while warm.request.num_missing:
+        warm.run_chunk()
+    warm.close()
+    prompt = bench.prompt(bench.longest)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    total = 0.0
+    while prompt.request.num_missing:
+        end, seconds = prompt.run_chunk()
+        total += seconds
+        if end in bench.plan.prompt_positions:
+            results.prefill_ms["sparse"][end] = 1e3 * seconds / bench.plan.chunk
+    results.first_token_seconds = total
+    if bench.device.type == "cuda":
+        results.extra_bytes = torch.cuda.max_memory_allocated() - before
+    for position in bench.plan.marks:
+        if position <= bench.longest:
+            unions = Unions()
+            bench.use("sparse")
+            prompt.request.num_computed = position - bench.plan.chunk
+            with unions.counted():
+                prompt.run_chunk()
+            results.unions[position] = unions.mean()
+    bench.use("dense")
+    for position in bench.plan.prompt_positions:
+        if position <= bench.longest:
+            times = []
+            # cuDNN plans each new shape.
+            for _ in range(2):
+                prompt.request.num_computed = max(0, position - bench.plan.chunk)
+                tokens = position - prompt.request.num_computed
+                batch = Batch([prompt.scheduler._segment(prompt.request, tokens)])
+                times.append(bench.seconds(lambda batch=batch: bench.runner.run(batch)))
+            results.prefill_ms["dense"][position] = 1e3 * min(times) / tokens
+    prompt.close()
+
+
+def measure_decode(bench: Bench, results: Results) -> None:
+    """By position at the batch that fills the memory there, and by batch at one length."""
+    assert bench.engine.cache_tokens is not None
+    for length in bench.plan.decode_lengths:
+        room = bench.engine.cache_tokens // (length + bench.engine.page_size)
+        num_requests = min(room, bench.engine.max_batch_requests)
+        if num_requests < 1 or length > bench.longest:
+            continue
+        results.decode_batch[length] = num_requests
+        for attention in ("sparse", "dense"):
+            bench.use(attention)
+            results.decode_ms[attention][length] = bench.decode_ms(num_requests, length - DECODE_STEPS) / num_requests
+    bench.use("sparse")
+    for num_requests in bench.plan.batches:
+        results.batch_ms[num_requests] = bench.decode_ms(num_requests, bench.plan.batch_length)
+        results.batch_bound_ms[num_requests] = 1e3 * weight_bytes(bench, num_requests) / (results.memory_tbps * 1e12)
+
+
+def weight_bytes(bench: Bench, num_tokens: int) -> float:
+    """What one step must read of the weights: all but the experts, and of these what so many tokens pick, if at random."""
+    config, model = bench.model_config, bench.runner.model
+    share = 1.0 - (1.0 - config.num_experts_per_tok / config.num_experts) ** num_tokens
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    others = sum(p.nbytes for name, p in model.model.named_parameters() if ".experts." not in name and "embed" not in name)
+    return share * experts + others + model.lm_head.weight.nbytes
+
+
+def memory_bandwidth(device: str) -> float:
+    """TB/s of reading and writing a large tensor."""
+    if device != "cuda":
+        return 0.01
+    source = torch.empty(2 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    from triton.testing import do_bench
+
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3) * 1e-12
+
+
+def say(results: Results, plan: Plan) -> list[str]:
+    """The tables."""
+    ratio = {mode: {} for mode in ("prefill", "decode")}
+    lines = [results.machine, "", results.formats, ""]
+    for mode, costs in (("prefill", results.prefill_ms), ("decode", results.decode_ms)):
+        lines += [f"### {mode}: milliseconds a token by position", ""]
+        batch = ["batch"] if mode == "decode" else []
+        lines.append("| position | " + " | ".join([*batch, "sparse", "dense", "sparse / dense"]) + " |")
+        lines.append("|---|" + "---|" * (3 + len(batch)))
+        for position, sparse in sorted(costs["sparse"].items()):
+            if position not in costs["dense"]:
+                continue
+            dense = costs["dense"][position]
+            ratio[mode][position] = sparse / dense
+            cells = [f"{results.decode_batch[position]}"] if batch else []
+            cells += [f"{sparse:.4f}", f"{dense:.4f}", f"{sparse / dense:.3f}"]
+            lines.append(f"| {position} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "### decode at 8K by batch",
+        "",
+        "| requests | ms a step | tokens/s | weights alone ms | share |",
+        "|---|---|---|---|---|",
+    ]
+    for count, milliseconds in results.batch_ms.items():
+        bound = results.batch_bound_ms[count]
+        lines.append(
+            f"| {count} | {figure(milliseconds)} | {1e3 * count / milliseconds:.0f} | {figure(bound)} | {bound / milliseconds:.0%} |"
+        )
+    lines += [
+        "",
+        "distinct keys of 16 neighbours: " + ", ".join(f"{size:.0f} at {at}" for at, size in results.unions.items()),
+        f"prompt of {max(results.prefill_ms['sparse'], default=0)} tokens: first token after {results.first_token_seconds:.2f} s, "
+        f"peak {results.extra_bytes / 2**30:.2f} GiB above weights and caches",
+        f"{results.cache_tokens} tokens of cache; memory {results.memory_tbps:.2f} TB/s",
+    ]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", choices=("auto", "e4m3"), default="auto")
+    parser.add_argument("--kv-cache", choices=("auto", "e4m3"), default="auto")
+    parser.add_argument("--noise", type=float, default=NOISE, help="of the embeddings; large: neighbours share nothing")
+    parser.add_argument("--tiny", action="store_true", help="a small shape on whatever device there is, to see that all runs")
+    parser.add_argument("--out", type=Path, default=None, help="where the tables go too")
+    parser.add_argument("--json", type=Path, default=None, help="where the numbers go, for the curves")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.tiny:
+        print("the 30B shape needs a GPU; --tiny runs on a CPU", file=sys.stderr)
+        return 2
+    plan, config = (TINY_PLAN, shape_tiny()) if options.tiny else (Plan(), shape_30b())
+    engine = EngineConfig(
+        prefill_chunk_tokens=plan.chunk,
+        experts=options.experts,
+        kv_cache=options.kv_cache,
+        cache_tokens=1024 if options.tiny else None,
+    )
+    results = Results(
+        header() if device == "cuda" else "CPU",
+        f"experts {options.experts}, keys and values {options.kv_cache}, index keys {engine.index_cache}, noise {options.noise}",
+        memory_tbps=memory_bandwidth(device),
+    )
+    bench = Bench(config, engine, plan, device, options.noise)
+    results.cache_tokens = bench.engine.cache_tokens or 0
+    measure_prefill(bench, results)
+    measure_decode(bench, results)
+    lines = say(results, plan)
+    print("\n".join(lines))
+    if options.out is not None:
+        options.out.write_text("\n".join(lines) + "\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
