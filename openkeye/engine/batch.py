@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from openkeye.engine.decode import DecodePast, DecodeRows
@@ -46,6 +47,10 @@ class Batch:
     """Segments run together, token after token; answers under way, of one token each, come first."""
 
     segments: list[Segment]
+    num_padded: int = 0
+    # tokens that belong to nobody behind the last segment's
+    is_prompt: bool = False
+    # a part of one prompt, however short, that no answer runs beside
 
     @property
     def num_tokens(self) -> int:
@@ -54,13 +59,17 @@ class Batch:
     @cached_property
     def singles(self) -> list[Segment]:
         """The leading segments of one token: rows [0, B) of the batch, which attention decodes together."""
-        return list(takewhile(lambda segment: segment.count == 1, self.segments))
+        return [] if self.is_prompt else list(takewhile(lambda segment: segment.count == 1, self.segments))
 
     def rows(self, page_size: int) -> DecodeRows:
         """The singles, as decoding takes them."""
         table = pad_sequence([segment.pages(page_size) for segment in self.singles], batch_first=True)
         lengths = torch.tensor([segment.end for segment in self.singles], dtype=torch.int32, device=table.device)
-        return DecodeRows(torch.cat([segment.slots_S[-1:] for segment in self.singles]), table, lengths)
+        slots = torch.cat([segment.slots_S[-1:] for segment in self.singles])
+        if len(self.singles) < len(self.segments):
+            return DecodeRows(slots, table, lengths)
+        more = (0, self.num_padded)
+        return DecodeRows(pad(slots, more, value=-1), pad(table, (0, 0, *more)), pad(lengths, more))
 
 
 class PagedPast(CachedPast):
@@ -73,7 +82,8 @@ class PagedPast(CachedPast):
         self.attention = attention
         self.top_k = top_k
         self.dense_up_to = top_k if dense_up_to is None else dense_up_to
-        self._new_slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
+        slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
+        self._new_slots = pad(slots, (0, batch.num_padded), value=-1)
         self._pages = [segment.pages(caches.page_size) for segment in batch.segments[len(batch.singles) :]]
 
     @property
@@ -97,11 +107,15 @@ class PagedPast(CachedPast):
         """See `CachedPast.attend`."""
         # Answers under way keep their way, which moves no context, whatever prompts run beside them.
         first = len(self.batch.singles)
+        if first == len(self.batch.segments):
+            return self._decode(layer_index, query_THD, index)
         outputs = [self._decode(layer_index, query_THD[:first], _rows(index, slice(0, first)))] if first else []
         for segment, pages in zip(self.batch.segments[first:], self._pages, strict=True):
             rows = slice(first, first + segment.count)
             outputs.append(self._attend_segment(layer_index, segment, pages, query_THD[rows], _rows(index, rows)))
             first += segment.count
+        if self.batch.num_padded:
+            outputs.append(torch.zeros_like(query_THD[first:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _num_dense(self, segment: Segment) -> int:

@@ -37,6 +37,10 @@ class EngineConfig:
     # Tokens whose sequence up to and with them has at most this many attend to all of it and not to selected keys. None: the
     # model's top-k, up to which both are the same; more is a superset of what the model was trained to see, fewer only slower.
 
+    is_batch_invariant: bool = False
+    # A request's tokens and log-probabilities are the same to the last bit, whatever runs beside it: every model call then has
+    # the shape of the largest, and a prompt's chunks begin where they would alone. It costs speed.
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if type(value) is int and name != "dense_up_to" and value < 1:

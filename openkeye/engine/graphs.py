@@ -51,12 +51,21 @@ class _Captured:
 class DecodeGraphs:
     """The model's decoding step for up to `max_rows` rows of up to `max_tokens` tokens."""
 
-    def __init__(self, model: KeyeModel, caches: PagedCaches, attention: str, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: KeyeModel,
+        caches: PagedCaches,
+        attention: str,
+        max_rows: int,
+        max_tokens: int,
+        is_fixed: bool = False,
+    ) -> None:
+        """is_fixed: one graph of all rows serves every step."""
         self._model = model
         self._caches = caches
         self._attention = attention
         device = caches.keys.device
-        self._max_rows = max_rows
+        self._max_rows, self._is_fixed = max_rows, is_fixed
         max_pages = -(-max_tokens // caches.page_size)
         self._numbers_BC = torch.zeros(max_rows, COLUMNS, dtype=torch.int64, device=device)
         self._staged_BC = torch.zeros(max_rows, COLUMNS, dtype=torch.int64, pin_memory=True)
@@ -77,7 +86,7 @@ class DecodeGraphs:
             self._write_pages(number, row.request)
             numbers = (row.token, row.position, row.position, row.position, row.slot, row.length)
             staged[number] = numbers
-        num_rows = num_graph_rows(len(rows), self._max_rows)
+        num_rows = self._max_rows if self._is_fixed else num_graph_rows(len(rows), self._max_rows)
         # Rows that pad write nowhere and attend to nothing.
         staged[len(rows) : num_rows] = (0, 0, 0, 0, -1, 0)
         self._numbers_BC[:num_rows].copy_(self._staged_BC[:num_rows], non_blocking=True)

@@ -114,6 +114,9 @@ class Walk:
 
     number: int
     segments: list[SegmentOrder]
+    num_padded: int
+    is_prompt: bool
+    # see `Batch`
     position_ids: np.ndarray
     # [3, T] int64
 
@@ -151,7 +154,7 @@ class ShardedRunner(Runner):
     def past_of(self, batch: Batch) -> ShardedPast:
         """See `Runner.past_of`."""
         top_k = self.model.config.indexer.top_k
-        past = ShardedPast(batch, self.caches, self.attention, top_k, self.config.dense_up_to)
+        past = ShardedPast(batch, self.caches, self.attention, top_k, self.dense_up_to)
         past.shard = self.model.shard
         return past
 
@@ -170,7 +173,7 @@ class LeadingRunner(ShardedRunner):
 
     def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
         """See `Runner.walk`."""
-        order = Walk(self.number, self._segments(batch), position_ids_3T.numpy())
+        order = Walk(self.number, self._segments(batch), batch.num_padded, batch.is_prompt, position_ids_3T.numpy())
         with self.ranks.in_step():
             self.ranks.tell(order)
             dist.broadcast(embeds_TD, src=0)
@@ -262,7 +265,8 @@ class _Follower:
         num_tokens, width = order.position_ids.shape[1], runner.model.config.hidden_size
         requests = self._learn([segment.pages for segment in order.segments])
         pairs = zip(order.segments, requests, strict=True)
-        batch = Batch([self._segment(segment, request) for segment, request in pairs])
+        segments = [self._segment(segment, request) for segment, request in pairs]
+        batch = Batch(segments, order.num_padded, order.is_prompt)
         embeds = torch.empty(num_tokens, width, device=runner.device, dtype=runner.dtype)
         dist.broadcast(embeds, src=0)
         self.hidden_TD = runner.walk(batch, embeds, torch.from_numpy(order.position_ids))

@@ -4,6 +4,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
@@ -12,6 +13,7 @@ from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Picture, Request
 from openkeye.engine.vision_cache import VisionCache
 from openkeye.inputs.patches import Patches, join_patches
+from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.keye import KeyeModel
 from openkeye.model.sharding import local_config
 
@@ -24,6 +26,9 @@ class Runner:
         self.config = config
         self.attention = attention
         model.join_projections()
+        for part in model.modules():
+            if isinstance(part, MixtureOfExperts):
+                part.has_fixed_blocks = config.is_batch_invariant
         embeddings = model.model.embed_tokens.weight
         self.device, self.dtype = embeddings.device, embeddings.dtype
         local = local_config(model.config, model.shard.size)
@@ -32,7 +37,12 @@ class Runner:
         if config.has_graphs and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
-            self.graphs = DecodeGraphs(model, self.caches, attention, config.max_batch_requests, longest)
+            shape = (config.max_batch_requests, longest, config.is_batch_invariant)
+            self.graphs = DecodeGraphs(model, self.caches, attention, *shape)
+        self.dense_up_to = config.dense_up_to
+        if config.is_batch_invariant and self.dense_up_to is None:
+            # Back ends of dense attention are chosen by the shape; lists of all keys take one way whatever it is.
+            self.dense_up_to = 0
         self.vision_cache = VisionCache(config.vision_cache_bytes)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
@@ -43,6 +53,9 @@ class Runner:
         if self.graphs is not None and self._can_replay(batch):
             return self.replay([self._step_row(segment) for segment in batch.segments])
         hidden = self.run_hidden(batch)
+        if batch.num_padded and not batch.is_prompt:
+            # A product of another shape may round otherwise.
+            return self.logits(hidden, torch.arange(hidden.shape[0]))[: len(batch.segments)]
         last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
         return self.logits(hidden, last)
 
@@ -51,6 +64,8 @@ class Runner:
         """What `logits` takes, of every new token, [T, hidden]."""
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
+        if batch.num_padded:
+            embeds, positions = pad(embeds, (0, 0, 0, batch.num_padded)), pad(positions, (0, batch.num_padded))
         return self.walk(batch, embeds, positions)
 
     @torch.inference_mode()
@@ -69,7 +84,7 @@ class Runner:
 
     def past_of(self, batch: Batch) -> PagedPast:
         """The past that a batch sees."""
-        return PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k, self.config.dense_up_to)
+        return PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k, self.dense_up_to)
 
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
@@ -77,14 +92,17 @@ class Runner:
 
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""
-        widened = range(self.model.config.indexer.top_k, self.config.dense_up_to or 0) if self.attention == "sparse" else ()
-        return all(segment.request.is_answering and segment.start not in widened for segment in batch.segments)
+        widened = range(self.model.config.indexer.top_k, self.dense_up_to or 0) if self.attention == "sparse" else ()
+        return all(
+            segment.start >= segment.request.num_prompt and segment.count == 1 and segment.start not in widened
+            for segment in batch.segments
+        )
 
     def _step_row(self, segment: Segment) -> StepRow:
         request, page_size = segment.request, self.config.page_size
         slot = request.pages[segment.start // page_size] * page_size + segment.start % page_size
         position = segment.start + request.prompt.model_input.rope_delta
-        return StepRow(request, request.output_ids[-1], position, slot, segment.end)
+        return StepRow(request, request.output_ids[segment.start - request.num_prompt], position, slot, segment.end)
 
     def _positions(self, segment: Segment) -> Tensor:
         """[3, count]: the prompt's own, then index + delta on all axes."""

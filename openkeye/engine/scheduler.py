@@ -25,6 +25,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # in the order of their arrival
+        self._is_prompts_turn = False
+        # of the last batch, where they take turns
         self.slots: dict[int, Tensor] = {}
         # by id(request): [pages * page_size] int64 cache slots of its tokens
 
@@ -54,6 +56,8 @@ class Scheduler:
         So no answer waits for another's whole prompt, and the batch that ends a prompt begins the next where there is room.
         """
         self._grow_answers()
+        if self.config.is_batch_invariant:
+            return self._fixed_batch()
         segments = [self._segment(request, 1) for request in self.running if request.is_answering]
         room = self.config.prefill_chunk_tokens
         unfinished = iter([request for request in self.running if not request.is_answering])
@@ -62,6 +66,22 @@ class Scheduler:
             room -= segments[-1].count
         assert segments, "a request that fits the empty pages is always admitted"
         return Batch(segments)
+
+    def _fixed_batch(self) -> Batch:
+        """A part of one prompt, or one token of every answer, in turn; padded to one shape each.
+
+        A prompt is cut at multiples of the chunk, and tokens of an answer that were lost with its pages are computed one by
+        one, as they were the first time.
+        """
+        prompt = next((request for request in self.running if not request.is_prefilled), None) or self._admit_next()
+        answers = [request for request in self.running if request.is_prefilled]
+        self._is_prompts_turn = prompt is not None and not (self._is_prompts_turn and answers)
+        if prompt is None or not self._is_prompts_turn:
+            segments = [self._segment(request, 1) for request in answers]
+            return Batch(segments, self.config.max_batch_requests - len(segments))
+        chunk = self.config.prefill_chunk_tokens
+        count = min(chunk - prompt.num_computed % chunk, prompt.num_prompt - prompt.num_computed)
+        return Batch([self._segment(prompt, count)], chunk - count, is_prompt=True)
 
     def remove(self, request: Request) -> None:
         """Forget a request, running or waiting, and give its pages back; the prefix cache keeps its own."""

@@ -361,8 +361,9 @@ def experts(
     expert_ids_TK: Tensor,
     gate_up_scale_EF: Tensor | None = None,
     down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
 ) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference.experts`; kernels work in blocks whose size the number of tokens alone decides."""
     tensors = (x_TD, gate_up_EDF, down_EFD, weights_TK, expert_ids_TK, gate_up_scale_EF, down_scale_ED)
     if can_be_fast(x_TD):
         from openkeye.kernels.experts import experts as fast_experts
@@ -370,7 +371,7 @@ def experts(
         alike = (x_TD, gate_up_EDF, down_EFD) if gate_up_scale_EF is None else (x_TD,)
         if serves("experts", alike, True, "tokens and projections of any shape"):
             return fast_experts(*tensors)
-    return reference.experts(*tensors)
+    return reference.experts(*tensors, has_fixed_blocks)
 
 
 def experts_share(
@@ -382,6 +383,7 @@ def experts_share(
     first_expert: int,
     gate_up_scale_EF: Tensor | None = None,
     down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
 ) -> Tensor:
     """See `reference_sharding.experts_share`."""
     tensors = (x_TD, gate_up_EDF, down_EFD, weights_TK, expert_ids_TK)
@@ -392,7 +394,7 @@ def experts_share(
         alike = (x_TD, gate_up_EDF, down_EFD) if gate_up_scale_EF is None else (x_TD,)
         if serves("experts_share", alike, True, "tokens and projections of any shape"):
             return fast_share(*tensors, first_expert, *scales)
-    return reference_sharding.experts_share(*tensors, first_expert, *scales)
+    return reference_sharding.experts_share(*tensors, first_expert, *scales, has_fixed_blocks)
 
 
 def scores_in_pages(

@@ -13,6 +13,8 @@ from torch import Tensor
 # What a slab may hold at a time: on a CPU about what its cache holds (measured twice as fast as larger slabs).
 CPU_SCRATCH_BYTES = 8 << 20
 GPU_SCRATCH_BYTES = 256 << 20
+BLOCK_ROWS = 16
+# of an expert's product where its shape is fixed
 # Keys per picked key up to which scoring all of them beats gathering (measured on a CPU: they meet between 3 and 5).
 DENSE_BELOW_RATIO = 3
 
@@ -586,12 +588,15 @@ def experts(
     expert_ids_TK: Tensor,
     gate_up_scale_EF: Tensor | None = None,
     down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
 ) -> Tensor:
     """sum_k weight_k * ((silu(x G_e) * (x U_e)) D_e) over each token's K experts, [T, D].
 
     gate_up_EDF is [E, D, 2F], gate columns first; down_EFD is [E, F, D]: the published, input-major layout. Scales [E, 2F]
-    and [E, D] belong to weights in fp8 (`quantize_expert_weights`).
+    and [E, D] belong to weights in fp8 (`quantize_expert_weights`). has_fixed_blocks: a product's rows come in blocks of one
+    size, so that a token's bits do not depend on how many others chose its experts; slower.
     """
+    multiply = _multiply_in_blocks if has_fixed_blocks else torch.matmul
     num_picked = expert_ids_TK.shape[1]
     wide = widen(x_TD)
     output = torch.zeros_like(wide)
@@ -601,13 +606,19 @@ def experts(
         if not counts[expert]:
             continue
         token = slots // num_picked
-        projected = wide[token] @ widen(gate_up_EDF[expert])
+        projected = multiply(wide[token], widen(gate_up_EDF[expert]))
         gate, up = (projected if gate_up_scale_EF is None else projected * gate_up_scale_EF[expert]).chunk(2, dim=-1)
-        part = (F.silu(gate) * up) @ widen(down_EFD[expert])
+        part = multiply(F.silu(gate) * up, widen(down_EFD[expert]))
         if down_scale_ED is not None:
             part = part * down_scale_ED[expert]
         output.index_add_(0, token, part * widen(weights_TK.flatten()[slots, None]))
     return output.to(x_TD.dtype)
+
+
+def _multiply_in_blocks(x_RI: Tensor, weight_IO: Tensor) -> Tensor:
+    """A product whose shape is the same whatever the number of rows; a row's place in it changes no bit."""
+    padded = F.pad(x_RI, (0, 0, 0, -x_RI.shape[0] % BLOCK_ROWS))
+    return torch.cat([block @ weight_IO for block in padded.split(BLOCK_ROWS)])[: x_RI.shape[0]]
 
 
 def quantize_expert_weights(weight_EIO: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,14 @@ def experts_share(
     first_expert: int,
     gate_up_scale_EF: Tensor | None = None,
     down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
 ) -> Tensor:
     """`reference.experts` of which a rank holds E from first_expert on: what they add, [T, D]. Other picks add nothing."""
     ids_TK = expert_ids_TK - first_expert
     token, pick = ((ids_TK >= 0) & (ids_TK < gate_up_EDF.shape[0])).nonzero(as_tuple=True)
     wide = widen(x_TD)
     picks = (widen(weights_TK)[token, pick, None], ids_TK[token, pick, None])
-    rows = experts(wide[token], gate_up_EDF, down_EFD, *picks, gate_up_scale_EF, down_scale_ED)
+    rows = experts(wide[token], gate_up_EDF, down_EFD, *picks, gate_up_scale_EF, down_scale_ED, has_fixed_blocks)
     return torch.zeros_like(wide).index_add_(0, token, rows).to(x_TD.dtype)
 
 

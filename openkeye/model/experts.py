@@ -33,6 +33,8 @@ class MixtureOfExperts(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config)
+        self.has_fixed_blocks = False
+        # see `reference.experts`; answers that must not depend on their company set it
         self.shard = ALONE
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
@@ -45,8 +47,8 @@ class MixtureOfExperts(nn.Module):
             self.router_logits = logits
         picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
         own = self.experts
-        tensors = (x_TD, own.gate_up_proj, own.down_proj, *picks)
+        tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
         if self.shard.size == 1:
-            return experts(*tensors, own.gate_up_scale, own.down_scale)
+            return experts(*tensors, *scales, self.has_fixed_blocks)
         first_expert = self.shard.part(logits.shape[1]).start
-        return self.shard.add(experts_share(*tensors, first_expert, own.gate_up_scale, own.down_scale))
+        return self.shard.add(experts_share(*tensors, first_expert, *scales, self.has_fixed_blocks))

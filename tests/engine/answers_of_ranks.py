@@ -100,6 +100,11 @@ def work(model: str, extent: str, device: str = "cpu") -> dict[str, Any]:
     del dense
     small = Engine(model, config=EngineConfig(page_size=16, cache_tokens=416, prefill_chunk_tokens=50), **options)
     results["preempted"] = run(small, texts[:3], 100)
+    fixed = EngineConfig(is_batch_invariant=True, max_batch_requests=4, prefill_chunk_tokens=150)
+    mixed = [texts[0], chat(video, QUESTIONS[0])]
+    results["fixed"] = run(Engine(model, config=fixed, **options), mixed, 6)
+    alone = [run(Engine(model, config=fixed, **options), [messages], 6)["logprobs"] for messages in mixed]
+    results["fixed"]["is_invariant"] = torch.equal(torch.cat(alone), results["fixed"]["logprobs"])
     return results
 
 
