@@ -70,9 +70,9 @@ def test_ranks_answer_as_one_does(model, size, extent, tmp_path, request):
     for name, result in expected.items():
         assert found[name]["tokens"] == result["tokens"], name
         torch.testing.assert_close(found[name]["logprobs"], result["logprobs"], atol=1e-5, rtol=1e-5)
-        for key in ("num_preemptions", "num_cached", "is_invariant"):
+        for key in ("num_preemptions", "num_cached"):
             assert found[name].get(key) == result.get(key)
-    assert extent == "brief" or expected["fixed"]["is_invariant"]
+    assert extent != "whole" or found["fixed"]["is_invariant"]
     assert expected["reused"]["num_cached"][0] > 192 and (extent == "brief" or expected["preempted"]["num_preemptions"])
 
 
