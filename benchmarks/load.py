@@ -4,7 +4,8 @@
 
 Without --url a server with openkeye-tiny is started on a free port and stopped at the end. Each client asks again as soon as it
 has its answer: text, a picture in the request, or the bundled clip, all streamed. A request that is refused because the queue
-is full counts as refused and is asked again a second later; any other failure is an error, and the exit status is then 1.
+is full counts as refused and is asked again a second later; any other failure is an error. The exit status is 1 after an error,
+or where the memory of one of the server's two processes grew.
 """
 
 import argparse
@@ -39,6 +40,8 @@ START_SECONDS = 120.0
 REQUEST_SECONDS = 600.0
 WARM_SHARE = 0.2
 # of the run, after which the server's memory is taken for what it needs
+GROWTH_MEBIBYTES, GROWTH_SHARE = 32, 0.05
+# by which a mean of halves may differ though nothing leaks
 
 
 @dataclass
@@ -107,25 +110,26 @@ async def run_client(client: httpx.AsyncClient, kinds: itertools.count, until: f
             await asyncio.sleep(1 + random.random())
 
 
-def resident_mebibytes(pid: int) -> float:
-    """Memory of the server and the processes that it started."""
-    total = 0.0
+def resident_mebibytes(pid: int) -> tuple[float, float]:
+    """Memory of the process that answers HTTP, and of the workers that it started."""
+    own = workers = 0.0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         except OSError:
             # Gone since the folder was listed.
             continue
-        if pid in (int(fields["Pid"]), int(fields["PPid"])):
-            total += int(fields.get("VmRSS", "0 kB").split()[0]) / 1024
-    return total
+        size = int(fields.get("VmRSS", "0 kB").split()[0]) / 1024
+        own += size * (int(fields["Pid"]) == pid)
+        workers += size * (int(fields["PPid"]) == pid)
+    return own, workers
 
 
-async def watch_memory(pid: int, until: float) -> list[tuple[float, float]]:
-    """(seconds, MiB) every few seconds."""
+async def watch_memory(pid: int, until: float) -> list[tuple[float, float, float]]:
+    """(seconds, MiB of the HTTP process, MiB of its worker) every few seconds."""
     start, seen = time.monotonic(), []
     while time.monotonic() < until:
-        seen.append((time.monotonic() - start, resident_mebibytes(pid)))
+        seen.append((time.monotonic() - start, *resident_mebibytes(pid)))
         await asyncio.sleep(2)
     return seen
 
@@ -162,7 +166,7 @@ def quantile(values: list[float], share: float) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[round(100 * share) - 1] if len(values) > 1 else float("nan")
 
 
-def report(tally: Tally, memory: list[tuple[float, float]], seconds: float, num_clients: int) -> int:
+def report(tally: Tally, memory: list[tuple[float, float, float]], seconds: float, num_clients: int) -> int:
     """Prints what was measured; 1 where a request failed."""
     print(f"{os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}: {num_clients} clients for {seconds / 60:.1f} minutes\n")
     print("| requests answered | refused (queue full) | errors | answers/s | tokens/s |\n|---|---|---|---|---|")
@@ -173,12 +177,24 @@ def report(tally: Tally, memory: list[tuple[float, float]], seconds: float, num_
     print("| seconds | p50 | p99 |\n|---|---|---|")
     for name, values in (("to the first event", tally.first_seconds), ("to the last", tally.whole_seconds)):
         print(f"| {name} | {quantile(values, 0.5):.2f} | {quantile(values, 0.99):.2f} |")
-    warm = [mebibytes for at, mebibytes in memory if at > WARM_SHARE * seconds]
-    if len(warm) > 1:
-        half = len(warm) // 2
-        print(f"\nserver memory: {statistics.mean(warm[:half]):.0f} MiB in the first half after warming up, ", end="")
-        print(f"{statistics.mean(warm[half:]):.0f} MiB in the second, at most {max(warm):.0f} MiB")
-    return int(bool(errors) or not answered)
+    has_grown = report_memory([row for row in memory if row[0] > WARM_SHARE * seconds])
+    return int(bool(errors) or not answered or has_grown)
+
+
+def report_memory(rows: list[tuple[float, float, float]]) -> bool:
+    """Prints the memory after warming up; whether a process holds more in the second half than in the first."""
+    if len(rows) < 2:
+        return False
+    half, has_grown = len(rows) // 2, False
+    print("\n| process | MiB, first half | MiB, second half | at most |\n|---|---|---|---|")
+    for name, column in (("HTTP", 1), ("engine", 2)):
+        sizes = [row[column] for row in rows]
+        first, second = statistics.mean(sizes[:half]), statistics.mean(sizes[half:])
+        print(f"| {name} | {first:.0f} | {second:.0f} | {max(sizes):.0f} |")
+        has_grown = has_grown or second > first + max(GROWTH_MEBIBYTES, GROWTH_SHARE * first)
+    if has_grown:
+        print("\nmemory grows")
+    return has_grown
 
 
 async def main_async(arguments: argparse.Namespace) -> int:

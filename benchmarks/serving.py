@@ -32,7 +32,7 @@ from openkeye.engine.scheduler import Scheduler
 from openkeye.model.config import KeyeConfig
 
 NOISE = 0.0
-# Of embeddings. Tokens of a topic are then alike but for their places, and 16 neighbours choose about 8K keys between them at 128K.
+# Of embeddings. Tokens of a topic differ by their places alone then, and 16 neighbours choose about 8K keys at 128K.
 DECODE_STEPS = 24
 GREEDY = SamplingParameters(max_new_tokens=1)
 # nobody ends these requests

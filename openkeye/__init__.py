@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from openkeye.engine.config import EngineConfig, SamplingParameters
     from openkeye.engine.loop import Engine
     from openkeye.engine.service import EngineService
+    from openkeye.engine.worker_service import WorkerService
 
-__all__ = ["Engine", "EngineConfig", "EngineService", "SamplingParameters"]
+__all__ = ["Engine", "EngineConfig", "EngineService", "SamplingParameters", "WorkerService"]
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -16,6 +17,7 @@ _MODULES = {
     "EngineConfig": "openkeye.engine.config",
     "EngineService": "openkeye.engine.service",
     "SamplingParameters": "openkeye.engine.config",
+    "WorkerService": "openkeye.engine.worker_service",
 }
 
 

@@ -39,7 +39,8 @@ class ErrorEvent:
     """There will be no answer."""
 
     kind: str
-    # "input" (the request's own fault, also one that could never fit), "full" (the queue is: try again later), "internal"
+    # "input" (the request's own fault, also one that could never fit), "full" (the queue is: try again later), "stopped" (the
+    # engine shuts down, died or does not run), "internal"
     message: str
     # one line
 

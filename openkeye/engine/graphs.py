@@ -69,6 +69,7 @@ class DecodeGraphs:
         max_pages = -(-max_tokens // caches.page_size)
         self._numbers_BC = torch.zeros(max_rows, COLUMNS, dtype=torch.int64, device=device)
         self._staged_BC = torch.zeros(max_rows, COLUMNS, dtype=torch.int64, pin_memory=True)
+        self._copied = torch.cuda.Event()
         self._table_BP = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_rows
         # which request's list of pages a row of the table holds, and how many of them
@@ -81,6 +82,8 @@ class DecodeGraphs:
     def run(self, rows: Sequence[StepRow]) -> Tensor:
         """Logits of the next tokens, [B, V], valid until the next call."""
         assert 0 < len(rows) <= self._max_rows
+        # The last step's copy may not have begun where nobody has read what it gave.
+        self._copied.synchronize()
         staged = self._staged_BC.numpy()
         for number, row in enumerate(rows):
             self._write_pages(number, row.request)
@@ -90,6 +93,7 @@ class DecodeGraphs:
         # Rows that pad write nowhere and attend to nothing.
         staged[len(rows) : num_rows] = (0, 0, 0, 0, -1, 0)
         self._numbers_BC[:num_rows].copy_(self._staged_BC[:num_rows], non_blocking=True)
+        self._copied.record()
         captured = self._captured(num_rows, self._num_pages(max(row.length for row in rows)))
         captured.graph.replay()
         return captured.logits_BV[: len(rows)]

@@ -5,7 +5,7 @@ Engine("openkeye-tiny").ask("clip.mp4", "When does the red circle appear?")
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
+from openkeye.engine.answering import Message
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.parallel import ModelSettings, open_runner
@@ -27,7 +28,6 @@ from openkeye.inputs.intervals import parse_intervals, widen_intervals
 from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
 from openkeye.inputs.video import Frames, read_video
 
-Message = Mapping[str, Any]
 OnText = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
 # called with (stage, done, total); stages are decode_video and prefill
@@ -171,18 +171,32 @@ class Engine:
         return list(zip(tokens, texts, logprobs, strict=True))
 
     def prepare(
-        self, messages: Sequence[Message], sampling: SamplingParameters, on_decoded: Callable[[int, int], None] | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParameters,
+        on_decoded: Callable[[int, int], None] | None = None,
+        **template_options: Any,
     ) -> Request:
         """Decode and encode messages into a request for `scheduler.add`. Safe on any thread.
 
         on_decoded: called with (video frames done, in all); what it raises ends the decoding.
+        template_options: what the chat template is given beside the messages.
 
         Raises:
-            InputError: unreadable media, or a prompt past the model's context.
+            InputError: unreadable media, or a prompt past the model's context or the cache; then nothing was decoded.
         """
         start = time.monotonic()
-        num_reserved = min(sampling.max_new_tokens, 64)
-        prompt = encode(messages, self.processor, num_reserved_tokens=num_reserved, on_progress=on_decoded)
+        context, cache = self.processor.max_tokens, self.scheduler.pool.num_pages * self.config.page_size
+        # An answer is cut where the context ends, but one that the cache cannot hold whole is never begun.
+        is_cache_less = context is None or cache < context
+        prompt = encode(
+            messages,
+            self.processor,
+            num_reserved_tokens=sampling.max_new_tokens if is_cache_less else min(sampling.max_new_tokens, 64),
+            max_tokens=cache if is_cache_less else context,
+            on_progress=on_decoded,
+            **template_options,
+        )
         request = self._request(prompt, sampling)
         request.stage_seconds["decode_video"] = time.monotonic() - start
         return request

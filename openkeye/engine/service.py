@@ -10,25 +10,25 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
+from openkeye.engine.answering import Message, OnEvent, ServiceStats, Ticket
 from openkeye.engine.batch import Batch
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
-from openkeye.engine.loop import Engine, Message
+from openkeye.engine.loop import Engine
 from openkeye.engine.ranks import RanksError
 from openkeye.engine.request import STAGES, Request
 
 __all__ = ["EngineService", "ErrorEvent", "Event", "FinishEvent", "OnEvent", "ServiceStats", "Ticket", "TokenEvent"]
 
-OnEvent = Callable[[Event], None]
 NUM_ENCODING_THREADS = 2
 MAX_ENCODED_AHEAD = 8
 # requests that are being encoded or are encoded and wait: an hour of video is hundreds of megabytes of pixels
@@ -36,61 +36,28 @@ MAX_ENCODED_AHEAD = 8
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ServiceStats:
-    """What the service does now, and totals since its start."""
-
-    num_waiting: int
-    # encoding, or in the queue
-    num_running: int
-    num_finished: int
-    # ended with a FinishEvent, cancelled ones too
-    num_failed: int
-    # ended with an ErrorEvent
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_free_pages: int
-    # those that the prefix cache would give up too
-    num_pages: int
-
-
 class Abandoned(Exception):
     """Nobody waits for this encoding any more."""
 
 
-class Ticket:
-    """One submitted request, in its caller's hands."""
+class EngineTicket(Ticket):
+    """A submitted request, as the service itself knows it."""
 
-    def __init__(self, sampling: SamplingParameters, on_event: OnEvent, deadline: float, on_cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParameters,
+        on_event: OnEvent,
+        deadline: float,
+        on_cancel: Callable[[Ticket], None],
+        template_options: Mapping[str, Any],
+    ) -> None:
         """deadline: on the monotonic clock, seconds."""
+        super().__init__(on_event, on_cancel)
         self.sampling = sampling
         self.deadline = deadline
+        self.template_options = template_options
         self.request: Request | None = None
         # from the end of its encoding on
-        self.is_cancelled = False
-        self.is_settled = False
-        # its last event is out
-        self.has_failed = False
-        # its callback raised
-        self._on_event = on_event
-        self._on_cancel = on_cancel
-
-    def cancel(self) -> None:
-        """End the request wherever it stands, with a FinishEvent unless it has ended before. Safe on any thread.
-
-        Its pages are free before the next batch.
-        """
-        self.is_cancelled = True
-        self._on_cancel()
-
-    def tell(self, event: Event) -> None:
-        """Call the caller; what the call raises is logged and ends this request alone."""
-        try:
-            self._on_event(event)
-        except Exception:
-            # A caller's own code may raise anything, and must not end what others wait for.
-            logger.exception("the callback of a request raised")
-            self.has_failed = True
 
 
 class EngineService:
@@ -101,13 +68,13 @@ class EngineService:
         self._engine = engine
         self._max_queue = max_queue
         self._changed = threading.Condition()
-        self._open: dict[Ticket, None] = {}
+        self._open: dict[EngineTicket, None] = {}
         # tickets whose last event is not out, in the order of their coming
-        self._pending: deque[tuple[Ticket, Sequence[Message]]] = deque()
+        self._pending: deque[tuple[EngineTicket, Sequence[Message]]] = deque()
         # to be encoded
-        self._encoded: deque[tuple[Ticket, Request | ErrorEvent]] = deque()
+        self._encoded: deque[tuple[EngineTicket, Request | ErrorEvent]] = deque()
         # for the engine thread
-        self._ticket_of: dict[Request, Ticket] = {}
+        self._ticket_of: dict[Request, EngineTicket] = {}
         # of what the scheduler holds; the engine thread's own
         self._is_stopping = False
         self._is_closed = False
@@ -128,10 +95,19 @@ class EngineService:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_seconds)
 
+    def wait(self) -> None:
+        """Until the engine thread has ended: after a stop, or after an error that ends the engine."""
+        self._thread.join()
+
     @property
     def is_alive(self) -> bool:
         """Whether requests are served: False before the start, after the stop and after the engine thread died."""
         return self._thread.is_alive() and not self._is_stopping and not self._is_closed
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the engine thread died by itself, and with it the service."""
+        return self._is_closed and not self._is_stopping
 
     def submit(
         self,
@@ -139,6 +115,7 @@ class EngineService:
         sampling: SamplingParameters,
         on_event: OnEvent,
         deadline_seconds: float | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Ticket:
         """Ask for an answer; returns at once.
 
@@ -149,6 +126,7 @@ class EngineService:
                 engine's thread: it must be quick, and may cancel or submit. Only where the service is not alive, the one
                 ErrorEvent comes from within this call.
             deadline_seconds: from now on; an answer that is not whole by then ends as it is, finish_reason "deadline".
+            template_options: what the chat template is given beside the messages: tools.
 
         Raises:
             InputError: a deadline that is no time from now on.
@@ -156,7 +134,7 @@ class EngineService:
         if deadline_seconds is not None and not deadline_seconds >= 0:
             raise InputError(f"deadline_seconds is {deadline_seconds}; give seconds from 0 on, or None")
         deadline = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
-        ticket = Ticket(sampling, on_event, deadline, self._wake)
+        ticket = EngineTicket(sampling, on_event, deadline, self._wake, template_options or {})
         with self._changed:
             if self.is_alive:
                 is_full = len(self._open) - len(self._engine.scheduler.running) >= self._max_queue
@@ -172,7 +150,7 @@ class EngineService:
                 return ticket
             self._num_failed += 1
         ticket.is_settled = True
-        ticket.tell(ErrorEvent("internal", "the engine is not running"))
+        ticket.tell(ErrorEvent("stopped", "the engine is not running"))
         return ticket
 
     def stats(self) -> ServiceStats:
@@ -190,7 +168,7 @@ class EngineService:
             scheduler.pool.num_pages,
         )
 
-    def _wake(self) -> None:
+    def _wake(self, _ticket: Ticket) -> None:
         with self._changed:
             self._changed.notify_all()
 
@@ -206,15 +184,15 @@ class EngineService:
 
     # On the encoding threads.
 
-    def _encode(self, ticket: Ticket, messages: Sequence[Message]) -> Request:
+    def _encode(self, ticket: EngineTicket, messages: Sequence[Message]) -> Request:
         def check(_num_done: int, _num_frames: int) -> None:
             if ticket.is_settled or ticket.is_cancelled:
                 raise Abandoned
 
         check(0, 0)
-        return self._engine.prepare(messages, ticket.sampling, on_decoded=check)
+        return self._engine.prepare(messages, ticket.sampling, on_decoded=check, **ticket.template_options)
 
-    def _take_encoded(self, ticket: Ticket, future: "Future[Request]") -> None:
+    def _take_encoded(self, ticket: EngineTicket, future: "Future[Request]") -> None:
         """Hand an encoding's outcome to the engine thread, whatever it is."""
         if future.cancelled():
             return
@@ -249,7 +227,7 @@ class EngineService:
             with self._changed:
                 self._is_closed = True
             for ticket in list(self._open):
-                self._settle(ticket, ErrorEvent("internal", message))
+                self._settle(ticket, ErrorEvent("stopped", message))
             self._engine.scheduler.clear()
 
     def _wait(self) -> bool:
@@ -319,12 +297,12 @@ class EngineService:
             assert request.finish_reason is not None
             self._finish(self._ticket_of[request], request.finish_reason)
 
-    def _tell_token(self, ticket: Ticket, event: TokenEvent) -> None:
+    def _tell_token(self, ticket: EngineTicket, event: TokenEvent) -> None:
         self._num_output_tokens += 1
         if not ticket.has_failed:
             ticket.tell(event)
 
-    def _finish(self, ticket: Ticket, reason: str) -> None:
+    def _finish(self, ticket: EngineTicket, reason: str) -> None:
         """End an answer where it stands; a request that is not encoded yet has an empty one."""
         request = ticket.request
         if request is None:
@@ -344,11 +322,13 @@ class EngineService:
         counts = (answer.num_prompt_tokens, answer.num_cached_tokens, answer.num_generated_tokens)
         self._settle(ticket, FinishEvent(answer.text, reason, *counts, answer, request.rest))
 
-    def _settle(self, ticket: Ticket, event: FinishEvent | ErrorEvent) -> None:
+    def _settle(self, ticket: EngineTicket, event: FinishEvent | ErrorEvent) -> None:
         """A ticket's last event; its request leaves the engine."""
         if ticket.request is not None:
             self._engine.scheduler.remove(ticket.request)
             del self._ticket_of[ticket.request]
+            # The two know each other. Cut apart, it goes now with its megabytes of pixels, and not when the circle is found.
+            ticket.request.on_token, ticket.request = None, None
         with self._changed:
             del self._open[ticket]
             self._pending = deque(item for item in self._pending if item[0] is not ticket)

@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 
 from openkeye.common.checks import InputError
-from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, local_path, open_image
+from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, local_path, open_image, source_of, stated_size
 from openkeye.inputs.messages import MediaPart, split_messages
 from openkeye.inputs.model_input import ModelInput
 from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
@@ -47,13 +47,20 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class _SizedImage:
-    image: PIL.Image.Image
+    image: str | Path | bytes | PIL.Image.Image
+    limits: ImageLimits
     height: int
     width: int
+    # at which the model sees it, unless EXIF exchanges both
+
+    def pixels(self) -> np.ndarray:
+        """[H, W, 3] uint8"""
+        image = open_image(self.image)
+        return image_pixels(image, *image_size(image.height, image.width, self.limits, source_of(self.image)))
 
 
 _SizedMedia = _SizedImage | VideoRequest | Frames
-# Media whose token count is known; only a VideoRequest still has to be decoded.
+# Media whose token count is known; only Frames are decoded already.
 
 
 def encode(
@@ -69,8 +76,9 @@ def encode(
     """Turn chat messages with pictures and videos into tokens, positions and patches.
 
     `messages`: see `openkeye.inputs.messages`; a video may also be `Frames` or a `VideoScan` already at hand.
-    `num_reserved_tokens`: room kept for the answer in `max_tokens` (default: the checkpoint's context length).
-    Raises InputError for unreadable media and, before any video is decoded, for prompts past the context.
+    `num_reserved_tokens`: room kept for the answer in `max_tokens` (default: the checkpoint's context length; a number below it
+    is what the engine's cache holds).
+    Raises InputError for unreadable media and, before any picture or video is decoded, for prompts past that.
     """
     plain_messages, parts = split_messages(messages)
     limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
@@ -83,7 +91,7 @@ def encode(
     ]
     _check_placeholders(template_ids, parts, processor)
     expected = sum(_num_tokens(item, processor) for item in media) + len(template_ids) - len(media)
-    _check_length(expected, num_reserved_tokens, max_tokens or processor.max_tokens, media, processor)
+    _check_length(expected, num_reserved_tokens, max_tokens, media, processor)
     decoded = list(_decode(media, on_progress))
     return _assemble(template_ids, decoded, processor, "".join(text for text, _ in pieces))
 
@@ -94,9 +102,9 @@ def _size_media(parts: list[MediaPart], processor: Processor, video_limits: Vide
     for part in parts:
         if part.kind == "image":
             limits = _image_limits(processor.image_limits, part.options)
-            image = open_image(part.content)
-            name = part.content if isinstance(part.content, (str, Path)) else "image"
-            sized.append(_SizedImage(image, *image_size(image, limits, str(name)[:80])))
+            sized.append(
+                _SizedImage(part.content, limits, *image_size(*stated_size(part.content), limits, source_of(part.content)))
+            )
         else:
             sized.append(_size_video(part, video_limits, num_videos))
     return sized
@@ -186,15 +194,19 @@ def _num_tokens(item: _SizedMedia, processor: Processor) -> int:
 def _check_length(
     num_tokens: int, num_reserved: int, max_tokens: int | None, media: list[_SizedMedia], processor: Processor
 ) -> None:
+    what = "the context" if max_tokens in (None, processor.max_tokens) else "the engine's cache"
+    max_tokens = max_tokens or processor.max_tokens
     if max_tokens is None or num_tokens + num_reserved <= max_tokens:
         return
     num_media = sum(_num_tokens(item, processor) for item in media)
-    mend = (
-        "take fewer frames (a lower fps) or a shorter part (start, end)" if num_media > num_tokens / 2 else "shorten the text"
-    )
+    mend = "shorten the text"
+    if num_tokens <= max_tokens < 2 * num_reserved:
+        mend = f"ask for at most {max_tokens - num_tokens:,} tokens of answer"
+    elif num_media > num_tokens / 2:
+        mend = "take fewer frames (a lower fps) or a shorter part (start, end)"
     raise InputError(
         f"the prompt has {num_tokens:,} tokens ({num_media:,} of pictures) and the answer may take {num_reserved:,}; "
-        f"the context holds {max_tokens:,}: {mend}"
+        f"{what} holds {max_tokens:,}: {mend}"
     )
 
 
@@ -204,7 +216,7 @@ def _decode(media: list[_SizedMedia], on_progress: Progress | None) -> Iterator[
     num_done = 0
     for item in media:
         if isinstance(item, _SizedImage):
-            yield image_pixels(item.image, item.height, item.width)
+            yield item.pixels()
         elif isinstance(item, Frames):
             yield item
         else:

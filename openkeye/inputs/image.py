@@ -3,6 +3,9 @@
 import base64
 import binascii
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -13,8 +16,14 @@ import PIL.ImageOps
 from openkeye.common.checks import InputError
 from openkeye.inputs.sampling import ImageLimits, smart_resize
 
-MAX_DECODED_PIXELS = 268_435_456
-# 16,384 x 16,384; a small file that claims more is refused before it is unpacked
+MAX_DECODED_PIXELS = 134_217_728
+# 11,585 x 11,585, up to 2 GB while transparency is laid on white; a file that claims more is refused before it is unpacked
+
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+# The library's own limit warns at two thirds of ours.
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# What the library also opens may start other programs (EPS) or hides pictures of any size in old containers.
 
 
 def open_image(image: str | Path | bytes | PIL.Image.Image, source: str | None = None) -> PIL.Image.Image:
@@ -22,23 +31,49 @@ def open_image(image: str | Path | bytes | PIL.Image.Image, source: str | None =
 
     `image`: a path, a data URL, the bytes of a file, or a PIL image. `source` names it in errors.
     """
+    source = source or source_of(image)
     if isinstance(image, PIL.Image.Image):
-        return _upright_rgb(image, source or "image")
-    if isinstance(image, str) and image.startswith("data:"):
-        source = source or "data URL"
-        image = bytes_of_data_url(image, source)
+        return _upright_rgb(image, source)
+    with _opened(_content(image, source), source) as opened:
+        return _upright_rgb(opened, source)
+
+
+def stated_size(image: str | Path | bytes | PIL.Image.Image) -> tuple[int, int]:
+    """(height, width) in a picture's header; nothing is decoded. EXIF may turn the picture, which exchanges the two."""
+    source = source_of(image)
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    with _opened(_content(image, source), source) as opened:
+        return opened.height, opened.width
+
+
+def source_of(image: str | Path | bytes | PIL.Image.Image) -> str:
+    """What a picture is called in errors: its path, if it has one."""
+    if isinstance(image, PIL.Image.Image):
+        return "image"
     if isinstance(image, bytes):
-        source = source or "image bytes"
-        content = image
-    else:
-        path = local_path(image)
-        source = source or str(path)
-        content = _read_file(path, source)
+        return "image bytes"
+    return "data URL" if str(image).startswith("data:") else str(local_path(image))
+
+
+def _content(image: str | Path | bytes, source: str) -> bytes:
+    """Bytes of a picture's file, at least one."""
+    if isinstance(image, str) and image.startswith("data:"):
+        image = bytes_of_data_url(image, source)
+    content = image if isinstance(image, bytes) else _read_file(local_path(image), source)
     if not content:
         raise InputError(f"{source}: 0 bytes; give a picture (png, jpeg, webp, ...)")
+    return content
+
+
+@contextmanager
+def _opened(content: bytes, source: str) -> Iterator[PIL.Image.Image]:
+    """The picture behind its header, not yet decoded; what goes wrong with it within is an InputError."""
+    PIL.Image.init()
     try:
-        with PIL.Image.open(io.BytesIO(content)) as opened:
-            return _upright_rgb(opened, source)
+        with PIL.Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in PIL.Image.OPEN]) as opened:
+            _check_size(opened, source)
+            yield opened
     except PIL.UnidentifiedImageError as error:
         raise InputError(f"{source}: not a picture that can be read; give png, jpeg, webp, gif, bmp or tiff") from error
     except PIL.Image.DecompressionBombError as error:
@@ -50,12 +85,12 @@ def open_image(image: str | Path | bytes | PIL.Image.Image, source: str | None =
         raise InputError(f"{source}: the picture is damaged ({error}); copy or download it again") from error
 
 
-def image_size(image: PIL.Image.Image, limits: ImageLimits, source: str = "image") -> tuple[int, int]:
-    """(height, width) at which the model sees a picture (spec: 4.2)."""
+def image_size(height: int, width: int, limits: ImageLimits, source: str = "image") -> tuple[int, int]:
+    """(height, width) at which the model sees a picture of that size (spec: 4.2)."""
     try:
-        return smart_resize(image.height, image.width, limits.factor, limits.min_pixels, limits.max_pixels)
+        return smart_resize(height, width, limits.factor, limits.min_pixels, limits.max_pixels)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{source:.80}: {error}") from error
 
 
 def image_pixels(image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
@@ -97,14 +132,19 @@ def _read_file(path: Path, source: str) -> bytes:
         raise InputError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _upright_rgb(image: PIL.Image.Image, source: str) -> PIL.Image.Image:
+def _check_size(image: PIL.Image.Image, source: str) -> None:
     if image.width * image.height > MAX_DECODED_PIXELS:
         raise InputError(
             f"{source}: {image.width}x{image.height} pixels; scale it down to at most {MAX_DECODED_PIXELS:,} pixels in all"
         )
+
+
+def _upright_rgb(image: PIL.Image.Image, source: str) -> PIL.Image.Image:
+    _check_size(image, source)
     image = PIL.ImageOps.exif_transpose(image)
+    # (a copy in any case)
     if image.mode == "RGB":
-        return image.copy()
+        return image
     if not image.has_transparency_data:
         # 16-bit greys would be clipped, not scaled, by a plain conversion.
         if image.mode.startswith("I;16"):

@@ -119,4 +119,6 @@ def _checked_options(options: Mapping[str, Any], known: Mapping[str, Any], kind:
             raise InputError(f"{kind} option {key} is {value!r}; expected {known[name].__name__}") from error
         if isinstance(checked[name], float) and not math.isfinite(checked[name]):
             raise InputError(f"{kind} option {key} is {value!r}; expected a finite number")
+        if not isinstance(checked[name], str) and checked[name] < 0:
+            raise InputError(f"{kind} option {key} is {value!r}; give a number from 0 on")
     return checked

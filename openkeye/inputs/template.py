@@ -1,7 +1,8 @@
 """Messages to prompt text through a checkpoint's chat template (jinja2)."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -40,6 +41,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise_exception
+        # Templates are written for this one; jinja's own writes <, >, & and ' as codes, for web pages.
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -53,7 +56,8 @@ class ChatTemplate:
     ) -> list[tuple[str, bool]]:
         """Pieces (text, is_prose) of the prompt: prose pieces are special-token look-alikes that a user wrote.
 
-        `messages` hold string contents or lists of parts; media parts become the template's placeholders.
+        `messages` hold string contents or lists of parts; media parts become the template's placeholders. `options` are for
+        the template (tools); users wrote them too.
         """
         quotes: list[str] = []
 
@@ -64,10 +68,10 @@ class ChatTemplate:
         def quote_text(text: str) -> str:
             return self._quoted.sub(quote, text)
 
-        quoted_messages = [_map_texts(message, quote_text) for message in messages]
+        quoted_messages, quoted_options = _map_texts(list(messages), quote_text), _map_texts(options, quote_text)
         try:
             text = self._template.render(
-                messages=quoted_messages, add_generation_prompt=add_generation_prompt, **{**self._extra, **options}
+                messages=quoted_messages, add_generation_prompt=add_generation_prompt, **{**self._extra, **quoted_options}
             )
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses these messages: {error}") from error
@@ -78,19 +82,25 @@ class ChatTemplate:
         return pieces
 
 
-def _map_texts(message: Mapping[str, Any], change: Any) -> dict[str, Any]:
-    """A message with `change` applied to every text in it (content, tool calls, reasoning: whatever a template may print)."""
-    return {key: value if key == "role" else _map_value(value, change) for key, value in message.items()}
-
-
-def _map_value(value: Any, change: Any) -> Any:
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with `change` applied to every text in it, names of fields too: whatever a template may print."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: item if key == "type" else _map_value(item, change) for key, item in value.items()}
+        return {_map_texts(key, change): _map_texts(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_map_value(item, change) for item in value]
+        return [_map_texts(item, change) for item in value]
     return value
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -15,11 +15,21 @@ import av
 import numpy as np
 
 from openkeye.common.checks import InputError
+from openkeye.inputs.mp4_index import check_mp4_index
 
 REFUSED_FORMATS = {"tty": "a text file", "hls": "a playlist", "dash": "a playlist", "concat": "a playlist"}
 # What the demuxer also opens, though it is no video file.
 
 LONGEST_BROADCAST_GAP_SECONDS = 60
+
+MAX_FRAMES = 1 << 21
+# 19 hours of 30 a second
+MAX_FRAME_PIXELS = 8192 * 4608
+# 8K in every form; a decoder holds up to 17 such frames
+MAX_CHEAP_PIXELS = 1 << 35
+MAX_PIXELS_PER_BYTE = 1 << 18
+# Of longer videos. A still picture in 4K keeps below: 8 million pixels take at least some 40 bytes a frame. What is packed
+# more tightly was made to keep a decoder busy.
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def open_video(source: str, content: Path | bytes) -> Iterator[tuple[av.containe
         _check_is_file(source, content)
     elif not content:
         raise InputError(f"{source}: 0 bytes; give the content of a video file")
+    check_mp4_index(source, content)
     try:
         # The prefix keeps a colon in a name from being read as a protocol; the whitelist keeps a file from opening others.
         opened = f"file:{content.absolute()}" if isinstance(content, Path) else io.BytesIO(content)
@@ -91,7 +102,18 @@ def open_video(source: str, content: Path | bytes) -> Iterator[tuple[av.containe
         if not streams:
             kinds = " and ".join(sorted({str(stream.type) for stream in container.streams})) or "no stream"
             raise InputError(f"{source}: holds {kinds}, no moving picture; give a file with a video stream")
+        _check_frame_size(source, streams[0].codec_context)
         yield container, streams[0]
+
+
+def _check_frame_size(source: str, decoder: av.video.codeccontext.VideoCodecContext) -> None:
+    if decoder.width * decoder.height > MAX_FRAME_PIXELS:
+        raise InputError(
+            f"{source}: frames of {decoder.width}x{decoder.height} pixels; at most {MAX_FRAME_PIXELS:,} in all are decoded: "
+            "scale it down with `ffmpeg -i INPUT -vf scale=1920:-2 out.mp4`"
+        )
+    # A stream may grow behind its header.
+    decoder.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
 
 
 def _check_is_file(source: str, path: Path) -> None:
@@ -131,13 +153,14 @@ def scan_video(content: Path | bytes, source: str | None = None) -> VideoScan:
     with open_video(source, content) as (container, stream):
         stream.thread_type = "NONE"
         num_indexed = len(stream.index_entries)
-        packets = _read_packets(container, stream)
+        packets = _read_packets(source, container, stream)
         if not packets.pts:
             raise InputError(f"{source}: a video stream without frames; the file is cut off or empty: make it again")
         if packets.first_frame is None:
             raise InputError(
                 f"{source}: none of its {len(packets.pts)} frames can be decoded; the file is damaged, make it again"
             )
+        _check_work(source, content, len(packets.pts), packets.first_frame)
         time_base = stream.time_base or Fraction(1, 1)
         is_cut_off = _is_cut_off(packets, num_indexed, stream)
         is_counted = packets.has_no_times or (container.format.name == "avi" and packets.pts == sorted(packets.pts))
@@ -168,7 +191,17 @@ def scan_video(content: Path | bytes, source: str | None = None) -> VideoScan:
         )
 
 
-def _read_packets(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> _PacketTimes:
+def _check_work(source: str, content: Path | bytes, num_frames: int, frame: av.VideoFrame) -> None:
+    num_bytes = content.stat().st_size if isinstance(content, Path) else len(content)
+    num_pixels = num_frames * frame.width * frame.height
+    if num_pixels > max(MAX_CHEAP_PIXELS, num_bytes * MAX_PIXELS_PER_BYTE):
+        raise InputError(
+            f"{source}: {num_frames:,} frames of {frame.width}x{frame.height} in {num_bytes:,} bytes; no recording is "
+            "so small: scale it down, or cut it"
+        )
+
+
+def _read_packets(source: str, container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> _PacketTimes:
     found = _PacketTimes([], [], [])
     clock = 0
     ticks_per_frame = max(1, round(1 / ((stream.average_rate or stream.guessed_rate or 25) * (stream.time_base or 1))))
@@ -194,6 +227,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.video.strea
             clock += ticks_per_frame
         if time is None:
             continue
+        if len(found.pts) == MAX_FRAMES:
+            raise InputError(f"{source}: more than {MAX_FRAMES:,} frames; cut it into parts")
         found.pts.append(time)
         found.durations.append(packet.duration or 0)
         if packet.is_keyframe:

@@ -1,6 +1,7 @@
 """A real `openkeye serve` in a process of its own, for tests."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,37 @@ def serving(*options: str | Path) -> Iterator[ServerProcess]:
     finally:
         process.kill()
         process.wait()
+
+
+def workers_of(pid: int) -> list[int]:
+    """Process numbers of a process's children."""
+    return [child for child, parent in _parents().items() if parent == pid]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only its exit status."""
+    return pid in _parents()
+
+
+def _parents() -> dict[int, int]:
+    """The parent of each process that has not ended."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            # (gone since the folder was listed)
+            continue
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def endless_model(folder: Path) -> Path:
+    """The bundled model without a token that ends its answers: they are as long as they may be."""
+    shutil.copytree(ROOT / "openkeye" / "checkpoints" / MODEL, folder / MODEL)
+    (folder / MODEL / "generation_config.json").write_text('{"eos_token_id": []}')
+    return folder / MODEL
 
 
 def question(text: str = QUESTION, **options: object) -> dict[str, object]:

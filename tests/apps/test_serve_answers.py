@@ -13,7 +13,9 @@ from openkeye.apps.http_api.answer_parser import AnswerParser
 from openkeye.apps.http_api.application import make_application
 from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules
+from openkeye.apps.http_api.server import listen, run_server
 from openkeye.engine.answer import Answer
+from openkeye.engine.answering import ServiceStats
 from openkeye.engine.events import ErrorEvent, FinishEvent, TokenEvent
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"seconds": 5.5}}\n</tool_call>'
@@ -25,12 +27,12 @@ class ScriptedService:
 
     def __init__(self, pieces: list[str], finish_reason: str = "stop", error: ErrorEvent | None = None) -> None:
         self.pieces, self.finish_reason, self.error = pieces, finish_reason, error
-        self.is_alive = True
+        self.is_alive, self.has_given_up = True, False
         self.messages: list[dict] = []
         self.num_cancelled = 0
 
-    def submit(self, messages, sampling, on_event, deadline_seconds=None):
-        self.messages = messages
+    def submit(self, messages, sampling, on_event, deadline_seconds=None, template_options=None):
+        self.messages, self.template_options = messages, template_options
         for number, piece in enumerate(self.pieces):
             on_event(TokenEvent(number, piece, -1.0, []))
         text, num = "".join(self.pieces), len(self.pieces)
@@ -42,8 +44,10 @@ class ScriptedService:
         self.num_cancelled += 1
 
     def stats(self):
-        names = ("waiting", "running", "finished", "failed", "prompt_tokens", "output_tokens", "free_pages", "pages")
-        return SimpleNamespace(**{f"num_{name}": 0 for name in names})
+        return ServiceStats(0, 0, 0, 0, 0, 0, 0, 0)
+
+    def stop(self):
+        self.is_alive = False
 
 
 def ask(service: ScriptedService, path: str = "", **options: object) -> httpx.Response:
@@ -112,28 +116,22 @@ def test_turns_with_tools_reach_the_template():
 
 
 @pytest.mark.parametrize(
-    ("error", "is_alive", "status"),
+    ("error", "status"),
     [
-        (ErrorEvent("input", "too long"), True, 400),
-        (ErrorEvent("full", "the queue is full"), True, 429),
-        (ErrorEvent("internal", "ZeroDivisionError: secret"), True, 500),
-        (ErrorEvent("internal", "the engine is shutting down"), False, 503),
+        (ErrorEvent("input", "too long"), 400),
+        (ErrorEvent("full", "the queue is full"), 429),
+        (ErrorEvent("internal", "ZeroDivisionError: secret"), 500),
+        (ErrorEvent("stopped", "the engine is shutting down"), 503),
     ],
 )
-def test_errors_of_the_engine_have_their_status(error, is_alive, status):
+def test_errors_of_the_engine_have_their_status(error, status):
     service = ScriptedService([], error=error)
-
-    def submit(*arguments):
-        service.is_alive = is_alive
-        return ScriptedService.submit(service, *arguments)
-
-    service.submit = submit
     for is_streamed in (False, True):
-        service.is_alive = True
         response = ask(service, stream=is_streamed)
         assert response.status_code == status and service.num_cancelled
         told = response.json()["error"]["message"]
         assert told == error.message if status != 500 else "secret" not in told
+        assert ("retry-after" in response.headers) is (status in (429, 503))
 
 
 def test_an_error_behind_the_first_token_ends_a_stream_with_it():
@@ -147,10 +145,19 @@ def test_an_engine_that_died_is_told():
     assert ask(service, path="/health").json() == {"status": "ok"}
     service.is_alive = False
     health = ask(service, path="/health")
-    assert health.status_code == 503 and health.json() == {"status": "the engine does not run"}
+    assert health.status_code == 503 and "is being started again" in health.json()["error"]["message"]
+    assert int(health.headers["retry-after"]) > 0
     assert "openkeye_alive 0.0" in ask(service, path="/metrics").text
     response = ask(service)
     assert response.status_code == 503 and response.json()["error"]["type"] == "service_unavailable_error"
+
+
+@pytest.mark.timeout(20)
+def test_a_server_whose_engine_cannot_be_started_any_more_ends():
+    service = ScriptedService([])
+    service.has_given_up = True
+    application = make_application(service, SimpleNamespace(image_limits=None), "m", MediaRules(), ServerLimits())
+    run_server(application, listen("127.0.0.1", 0), 5, service, False)
 
 
 def test_a_deadline_cuts_an_answer_or_refuses_it():
@@ -161,7 +168,7 @@ def test_a_deadline_cuts_an_answer_or_refuses_it():
 
 def test_logprobs_of_the_impossible_are_json():
     service = ScriptedService(["a"])
-    service.submit = lambda messages, sampling, on_event, deadline: (
+    service.submit = lambda messages, sampling, on_event, deadline, options: (
         on_event(TokenEvent(1, "a", float("-inf"), [(2, -0.5)])),
         on_event(FinishEvent("a", "stop", 1, 0, 1, Answer("a", [], 1, 0, 1, 0, 0.0, {}, "stop"))),
         SimpleNamespace(cancel=lambda: None),

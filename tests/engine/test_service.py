@@ -1,16 +1,21 @@
 """Many callers at once: each gets its own answer in order, and what goes wrong with one ends that one."""
 
+import gc
+import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from openkeye.engine import service as service_module
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.engine.service import EngineService, ErrorEvent, Event, FinishEvent, Ticket, TokenEvent
+from openkeye.inputs import encode as encode_module
 from openkeye.inputs.processor import BUNDLED_DIR
 from tests.engine.test_loop import QUESTIONS, all_pages_are_accounted_for, chat
 
@@ -310,11 +315,11 @@ def test_interrupts_and_errors_of_the_device_end_the_thread_and_every_request(st
         raise error
 
     monkeypatch.setattr(service._engine.runner, "run", fail)
-    assert caller.wait() == other.wait() == ErrorEvent("internal", "the engine died")
+    assert caller.wait() == other.wait() == ErrorEvent("stopped", "the engine died")
     service._thread.join(10)
     assert not service.is_alive
     late = Caller(service, HELLO)
-    assert late.events == [ErrorEvent("internal", "the engine is not running")]
+    assert late.events == [ErrorEvent("stopped", "the engine is not running")]
     slow.may_go_on.set()
 
 
@@ -323,7 +328,7 @@ def test_a_full_queue_and_requests_that_cannot_fit_are_refused(start, endless):
     running = Caller(service, HELLO, SamplingParameters(max_new_tokens=4000))
     running.has_begun.wait(30)
     large = Caller(service, HELLO, SamplingParameters(max_new_tokens=5000)).wait()
-    assert large.kind == "input" and "cache tokens, the engine has 4,096" in large.message
+    assert large.kind == "input" and "the engine's cache holds 4,096: ask for at most 4,078 tokens" in large.message
     waiting = [Caller(service, HELLO) for _ in range(3)]
     refused = Caller(service, HELLO).wait()
     assert refused == ErrorEvent("full", "the queue holds 3 requests already; try again later")
@@ -331,6 +336,19 @@ def test_a_full_queue_and_requests_that_cannot_fit_are_refused(start, endless):
     assert (stats.num_running, stats.num_waiting) == (1, 3)
     running.ticket.cancel()
     assert all(isinstance(caller.wait(), FinishEvent) for caller in waiting)
+
+
+def test_what_the_cache_cannot_hold_is_refused_before_its_media_are_decoded(start, monkeypatch):
+    for name in ("read_request", "open_image"):
+        monkeypatch.setattr(encode_module, name, lambda *arguments: pytest.fail("decoded"))
+    service = start(EngineConfig(cache_tokens=256))
+    picture = PIL.Image.new("RGB", (200, 200))
+    for content in ([{"type": "video", "video": str(DEMO)}], [{"type": "image", "image": picture}] * 20):
+        refused = Caller(service, [{"role": "user", "content": content}]).wait()
+        assert refused.kind == "input" and re.search(
+            r"has [3-9]\d\d tokens .* may take 8; .* cache holds 256: take fewer", refused.message
+        )
+    assert Caller(service, HELLO, SamplingParameters(max_new_tokens=256 - 18)).wait().num_output_tokens
 
 
 def test_few_requests_are_encoded_ahead_of_those_that_run(start, endless, monkeypatch):
@@ -356,15 +374,36 @@ def test_stop_ends_what_is_open_and_refuses_what_comes(start, endless, monkeypat
     encoding = Caller(service, video_chat(DEMO))
     slow.has_begun.wait(30)
     service.stop()
-    assert running.wait() == encoding.wait() == ErrorEvent("internal", "the engine is shutting down")
-    assert not service.is_alive and Caller(service, HELLO).wait().kind == "internal"
+    assert running.wait() == encoding.wait() == ErrorEvent("stopped", "the engine is shutting down")
+    assert not service.is_alive and Caller(service, HELLO).wait().kind == "stopped"
     slow.may_go_on.set()
     assert all_pages_are_accounted_for(service._engine)
 
 
+def test_a_request_that_has_ended_is_gone_at_once_with_its_pixels(start, monkeypatch):
+    service, prepare = start(), Engine.prepare
+    made: list[weakref.ref] = []
+
+    def prepare_and_note(*arguments, **options):
+        request = prepare(*arguments, **options)
+        made.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr(Engine, "prepare", prepare_and_note)
+    gc.disable()
+    try:
+        callers = [Caller(service, video_chat(DEMO)), Caller(service, HELLO)]
+        assert all(isinstance(caller.wait(), FinishEvent) for caller in callers) and is_idle(service)
+        # (the engine's thread lets its last batch go when the next one comes)
+        Caller(service, HELLO).wait()
+        assert is_idle(service) and [ref() for ref in made[:2]] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_service_that_was_not_started_refuses(video):
     service = EngineService(Engine())
-    assert not service.is_alive and Caller(service, HELLO).wait().kind == "internal"
+    assert not service.is_alive and Caller(service, HELLO).wait().kind == "stopped"
     service.stop()
 
 

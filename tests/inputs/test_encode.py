@@ -119,7 +119,7 @@ def test_a_list_of_pictures_is_a_video(processor):
 
 def test_too_long_prompts_are_refused_with_numbers_before_any_decoding(processor, clip):
     told = []
-    with pytest.raises(InputError, match=r"[\d,]+ tokens .* the context holds 100: take fewer frames"):
+    with pytest.raises(InputError, match=r"[\d,]+ tokens .* the engine's cache holds 100: take fewer frames"):
         encode(
             ask([{"type": "video", "video": clip.path}]), processor, max_tokens=100, on_progress=lambda *done: told.append(done)
         )

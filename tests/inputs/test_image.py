@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from openkeye.common.checks import InputError
-from openkeye.inputs.image import image_pixels, image_size, open_image
+from openkeye.inputs.image import image_pixels, image_size, open_image, stated_size
 from openkeye.inputs.sampling import ImageLimits
 
 
@@ -61,7 +61,7 @@ def test_other_modes_become_rgb_without_clipping():
 
 
 def test_size_follows_the_limits_and_resize_keeps_the_content():
-    height, width = image_size(picture(), ImageLimits())
+    height, width = image_size(*stated_size(picture()), ImageLimits())
     assert (height, width) == (56, 84)
     pixels = image_pixels(picture(), height, width)
     assert pixels.shape == (56, 84, 3) and pixels.dtype == np.uint8
@@ -104,4 +104,4 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
 
 def test_absurd_shapes_name_the_picture():
     with pytest.raises(InputError, match=r"strip\.png.*crop"):
-        image_size(PIL.Image.new("RGB", (4000, 10)), ImageLimits(), "strip.png")
+        image_size(10, 4000, ImageLimits(), "strip.png")

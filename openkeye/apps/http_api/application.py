@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyio.to_thread import run_sync
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from openkeye.apps.http_api.chat import ChatEndpoint
-from openkeye.apps.http_api.errors import ApiError, respond_api_error, respond_crash, respond_http_error
+from openkeye.apps.http_api.errors import ENGINE_IS_AWAY, ApiError, respond_api_error, respond_crash, respond_http_error
 from openkeye.apps.http_api.keys import KeyCheck
 from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules
@@ -25,7 +26,7 @@ from openkeye.apps.http_api.metrics import Metrics, RequestCount
 from openkeye.inputs.processor import Processor
 
 if TYPE_CHECKING:
-    from openkeye.engine.service import EngineService
+    from openkeye.engine.answering import AnsweringService
 
 WEB_DIR = Path(__file__).parent / "web"
 
@@ -37,7 +38,7 @@ PAGE_HEADERS = {
 
 
 def make_application(
-    service: "EngineService",
+    service: "AnsweringService",
     processor: Processor,
     model_name: str,
     rules: MediaRules,
@@ -72,11 +73,12 @@ def make_application(
         return JSONResponse(model)
 
     async def health(request: Request) -> Response:
-        is_alive = service.is_alive
-        return JSONResponse({"status": "ok" if is_alive else "the engine does not run"}, 200 if is_alive else 503)
+        if not service.is_alive:
+            raise ApiError(503, ENGINE_IS_AWAY)
+        return JSONResponse({"status": "ok"})
 
     async def figures(request: Request) -> Response:
-        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(await run_sync(metrics.text), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     chat = ChatEndpoint(service, processor, model_name, rules, limits, metrics)
     routes = [

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter
@@ -16,7 +17,7 @@ from openkeye.apps.http_api.answer_parser import AnswerParser, Piece
 from openkeye.apps.http_api.body import read_json_body
 from openkeye.apps.http_api.chat_request import ChatRequest, engine_messages, parse_chat_request
 from openkeye.apps.http_api.chat_response import ChatResponse
-from openkeye.apps.http_api.errors import CLIENT_HAS_GONE, CRASHED, ApiError
+from openkeye.apps.http_api.errors import CLIENT_HAS_GONE, CRASHED, ENGINE_IS_AWAY, ApiError
 from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules
 from openkeye.apps.http_api.metrics import Metrics
@@ -24,10 +25,15 @@ from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
 from openkeye.inputs.processor import Processor
 
 if TYPE_CHECKING:
-    from openkeye.engine.service import EngineService, Ticket
+    from openkeye.engine.answering import AnsweringService, Ticket
 
 NUM_MEDIA_THREADS = 8
 # requests whose files are looked up or fetched at once
+
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 class EventQueue:
@@ -61,7 +67,7 @@ class ChatEndpoint:
 
     def __init__(
         self,
-        service: "EngineService",
+        service: "AnsweringService",
         processor: Processor,
         model_name: str,
         rules: MediaRules,
@@ -91,16 +97,20 @@ class ChatEndpoint:
     async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
         if not self.service.is_alive:
-            raise ApiError(503, "the engine does not run; ask who runs this server to start it again")
+            raise ApiError(503, ENGINE_IS_AWAY)
         body = await read_json_body(request, self.limits)
         chat = await run_sync(parse_chat_request, body)
         del body
         if chat.model != self.model_name:
             raise ApiError(404, f"no model {chat.model!r:.80}; this server has {self.model_name}", "model", "model_not_found")
         sampling = chat.sampling(self.limits.max_answer_tokens, self.limits.default_answer_tokens)
+        options = self._template_options(chat)
         messages = await self._messages(chat)
         events = EventQueue(arrived, self.metrics)
-        ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds)
+        ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds, options)
+        # While the answer is written, nobody here needs its data URLs.
+        del messages
+        chat.messages.clear()
         watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
         try:
             response = await self._response(chat, events)
@@ -113,14 +123,21 @@ class ChatEndpoint:
         if self.media_threads is None:
             self.media_threads = CapacityLimiter(NUM_MEDIA_THREADS)
         factor = self.processor.image_limits.factor
-        messages = await run_sync(engine_messages, chat, self.rules.read, factor * factor, limiter=self.media_threads)
-        if chat.template_tools():
-            raise ApiError(
-                400,
-                "tools: tools are not handed to this model's chat template; leave them out or describe them in words",
-                "tools",
-            )
-        return messages
+        return await run_sync(engine_messages, chat, self.rules.read, factor * factor, limiter=self.media_threads)
+
+    def _template_options(self, chat: ChatRequest) -> dict[str, Any]:
+        """What the chat template is given beside the messages; ApiError for tools that it would leave out without a word."""
+        tools = chat.template_tools()
+        if tools and not self._can_take_tools:
+            message = "the chat template of this model has no place for tools; leave them out or describe them in words"
+            raise ApiError(400, f"tools: {message}", "tools")
+        return {"tools": tools} if tools else {}
+
+    @cached_property
+    def _can_take_tools(self) -> bool:
+        """Whether the prompt changes with a tool."""
+        render, messages = self.processor.template.render, [{"role": "user", "content": "x"}]
+        return render(messages, tools=[PROBE_TOOL]) != render(messages)
 
     async def _response(self, chat: ChatRequest, events: EventQueue) -> Response:
         """Once the first event is there, since an error has an HTTP status only before the answer begins."""
@@ -173,8 +190,8 @@ class ChatEndpoint:
     def _error(self, event: ErrorEvent) -> ApiError:
         message = self.rules.public_message(event.message)
         if event.kind == "internal":
-            return ApiError(500, CRASHED) if self.service.is_alive else ApiError(503, message)
-        return ApiError(400 if event.kind == "input" else 429, message)
+            return ApiError(500, CRASHED)
+        return ApiError({"input": 400, "full": 429, "stopped": 503}[event.kind], message)
 
 
 async def _cancel_when_gone(request: Request, ticket: "Ticket") -> None:

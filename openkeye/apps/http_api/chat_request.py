@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from openkeye.apps.http_api.errors import ApiError
 from openkeye.engine.config import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParameters
 
+MAX_PARTS = {"image_url": 4096, "video_url": 64}
+# of one request: each is opened before anything is known of the prompt's length
+
 ReadMedia = Callable[[str], Any]
 # from an address that a client gave to what `openkeye.inputs.messages` takes
 
@@ -61,6 +64,8 @@ class FunctionCall(_Checked):
 
 class ToolCall(_Checked):
     id: str | None = None
+    index: int | None = None
+    # (of a chunk: clients that put a streamed call together may leave it in)
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -150,11 +155,12 @@ class ChatRequest(_Checked):
 
     def sampling(self, max_answer_tokens: int, default_answer_tokens: int) -> SamplingParameters:
         """How the answer's tokens are chosen; ApiError for a length that the server does not give."""
-        wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        wanted = getattr(self, name)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
         if wanted is not None and not 1 <= wanted <= max_answer_tokens:
-            raise ApiError(400, f"max_tokens is {wanted}; give 1 to {max_answer_tokens}", "max_tokens")
+            raise ApiError(400, f"{name} is {wanted}; give 1 to {max_answer_tokens}", name)
         temperature = self.temperature or 0.0
         return SamplingParameters(
             temperature=temperature,
@@ -244,8 +250,13 @@ def engine_messages(request: ChatRequest, read_media: ReadMedia, tokens_to_pixel
         tokens_to_pixels: pixels of one token of a picture, in which `budget` is counted.
 
     Raises:
-        ApiError: an address that is not served, or an option that makes no sense.
+        ApiError: an address that is not served, an option that makes no sense, or too many pictures or videos.
     """
+    parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
+    for kind, most in MAX_PARTS.items():
+        number = sum(part.type == kind for part in parts)
+        if number > most:
+            raise ApiError(400, f"messages: {number:,} parts of type {kind}; give at most {most:,} in one request", "messages")
     return [_engine_message(message, read_media, tokens_to_pixels) for message in request.messages]
 
 

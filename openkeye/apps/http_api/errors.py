@@ -9,6 +9,8 @@ CLIENT_HAS_GONE = 499
 
 CRASHED = "the server failed on this request; its log says why"
 
+ENGINE_IS_AWAY = "the engine is being started again; ask again in a moment"
+
 KINDS = {
     401: "authentication_error",
     404: "not_found_error",

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from openkeye.engine.service import EngineService
+    from openkeye.engine.answering import AnsweringService
 
 
 FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -20,7 +20,7 @@ TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 class _ServiceFigures(Collector):
     """Reads the engine's own counts at the moment somebody asks."""
 
-    def __init__(self, service: "EngineService") -> None:
+    def __init__(self, service: "AnsweringService") -> None:
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
@@ -32,6 +32,9 @@ class _ServiceFigures(Collector):
         yield GaugeMetricFamily("openkeye_pages_free", "Cache pages that nobody holds", stats.num_free_pages)
         yield CounterMetricFamily("openkeye_requests_finished", "Requests that the engine answered", stats.num_finished)
         yield CounterMetricFamily("openkeye_requests_failed", "Requests that the engine gave an error", stats.num_failed)
+        yield CounterMetricFamily(
+            "openkeye_engine_restarts", "How often the engine's process was started again", stats.num_restarts
+        )
         yield CounterMetricFamily("openkeye_prompt_tokens", "Tokens of all prompts", stats.num_prompt_tokens)
         yield CounterMetricFamily("openkeye_output_tokens", "Tokens of all answers", stats.num_output_tokens)
 
@@ -39,7 +42,7 @@ class _ServiceFigures(Collector):
 class Metrics:
     """Counts of one server."""
 
-    def __init__(self, service: "EngineService") -> None:
+    def __init__(self, service: "AnsweringService") -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_ServiceFigures(service))
         self.requests = Counter(
@@ -59,7 +62,7 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Everything in Prometheus' text format. Asks the engine's process, so it may block for a moment."""
         return generate_latest(self.registry)
 
 

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -21,20 +22,35 @@ GOODBYE_SECONDS = 5
 # in which requests that were ended are told so
 
 
+class Answering(Protocol):
+    """What answers behind the application."""
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether it will never answer again."""
+
+    def stop(self) -> None:
+        """End what is still under way; blocks for a moment."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn, whose signals are ours: it would end the process with them, where we have an engine to stop."""
 
-    def __init__(self, config: uvicorn.Config, grace_seconds: int, end_requests: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, grace_seconds: int, service: Answering) -> None:
         super().__init__(config)
         self._grace_seconds = grace_seconds
-        self._end_requests = end_requests
+        self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Let answers go on for a while, then end them in a way that their clients are told."""
         if not self.should_exit:
             loop = asyncio.get_running_loop()
-            loop.call_later(self._grace_seconds, loop.run_in_executor, None, self._end_requests)
+            loop.call_later(self._grace_seconds, loop.run_in_executor, None, self._service.stop)
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second: whether it is to end."""
+        return await super().on_tick(counter) or self._service.has_given_up
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -71,13 +87,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run_server(
-    application: ASGIApp, listener: socket.socket, grace_seconds: int, end_requests: Callable[[], None], log_requests: bool
+    application: ASGIApp, listener: socket.socket, grace_seconds: int, service: Answering, log_requests: bool
 ) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM, or until the service has given up.
 
     Args:
         grace_seconds: for answers under way when the signal comes. A second SIGINT waits for nothing.
-        end_requests: called then, in a thread: ends what is still under way.
+        service: stopped then, in a thread, which ends what is still under way.
         log_requests: a line for every request.
     """
     config = uvicorn.Config(
@@ -90,5 +106,5 @@ def run_server(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=grace_seconds + GOODBYE_SECONDS,
     )
-    server = _Server(config, grace_seconds, end_requests)
+    server = _Server(config, grace_seconds, service)
     asyncio.run(server.serve(sockets=[listener]))
