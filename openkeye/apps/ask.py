@@ -7,6 +7,7 @@ from pathlib import Path
 from openkeye.apps.model_options import add_model_options, add_sampling_options, add_video_options, engine_from, sampling_from
 
 SUMMARY = "answer a question about a video, with times"
+NUM_MOMENTS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_video_options(parser)
     add_sampling_options(parser)
+    parser.add_argument("--evidence", action="store_true", help="tell which moments of the video the answer rests on")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, intervals, token counts, times")
 
 
@@ -44,11 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
             sampling=sampling,
             on_text=None if arguments.json else stream,
             on_progress=progress,
+            evidence=arguments.evidence,
         )
     if arguments.json:
         print(json.dumps(answer.to_dict()))
         return 0
     print()
+    if answer.evidence is not None:
+        heaviest = sorted(answer.evidence[0].moments, key=lambda moment: moment.weight, reverse=True)[:NUM_MOMENTS]
+        print(f"Most attention: {', '.join(f'{moment.seconds:.1f} s ({moment.weight:.1%})' for moment in heaviest)}.")
     for note in answer.notes:
         print(f"note: {note}", file=sys.stderr)
     if answer.finish_reason == "length":

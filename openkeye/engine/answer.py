@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from openkeye.engine.evidence import VideoEvidence
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -22,9 +24,12 @@ class Answer:
     finish_reason: str
     # "stop" or "length"; from a service also "cancelled" or "deadline"
     notes: list[str] = field(default_factory=list)
+    evidence: list[VideoEvidence] | None = None
+    # what the answer rests on, video by video, where that was asked for
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         seconds = {stage: round(value, 3) for stage, value in self.stage_seconds.items()}
         intervals = [[round(first, 3), round(last, 3)] for first, last in self.intervals_seconds]
-        return vars(self) | {"intervals_seconds": intervals, "stage_seconds": seconds}
+        evidence = None if self.evidence is None else [video.to_dict() for video in self.evidence]
+        return vars(self) | {"intervals_seconds": intervals, "stage_seconds": seconds, "evidence": evidence}

@@ -82,6 +82,7 @@ class AnsweringService(Protocol):
         on_event: OnEvent,
         deadline_seconds: float | None = None,
         template_options: Mapping[str, Any] | None = None,
+        evidence: bool = False,
     ) -> Ticket:
         """Ask for an answer; see `EngineService.submit`."""
 

@@ -19,6 +19,7 @@ from openkeye.engine.request import Request
 from openkeye.kernels.dispatch import dense_attention, indexer_select, read_keys_and_values, sparse_attention_in_pages
 from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.model.past import CachedIndex, CachedPast
+from openkeye.model.sharding import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(segment.count for segment in self.segments)
 
+    @property
+    def keeps_evidence(self) -> bool:
+        return any(segment.request.evidence is not None for segment in self.segments)
+
     @cached_property
     def singles(self) -> list[Segment]:
         """The leading segments of one token: rows [0, B) of the batch, which attention decodes together."""
@@ -75,13 +80,25 @@ class Batch:
 class PagedPast(CachedPast):
     """The past of a batch: selects per query over its own sequence and attends, both in the pages."""
 
-    def __init__(self, batch: Batch, caches: PagedCaches, attention: str, top_k: int, dense_up_to: int | None = None) -> None:
-        """dense_up_to: see `EngineConfig.dense_up_to`."""
+    shard: Shard = ALONE
+    # whose heads the caches hold
+
+    def __init__(
+        self,
+        batch: Batch,
+        caches: PagedCaches,
+        attention: str,
+        top_k: int,
+        dense_up_to: int | None = None,
+        keeps_evidence: bool = False,
+    ) -> None:
+        """dense_up_to: see `EngineConfig.dense_up_to`. keeps_evidence: whether requests may ask what their answers rest on."""
         self.batch = batch
         self.paged = caches
         self.attention = attention
         self.top_k = top_k
         self.dense_up_to = top_k if dense_up_to is None else dense_up_to
+        self.keeps_evidence = keeps_evidence
         slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
         self._new_slots = pad(slots, (0, batch.num_padded), value=-1)
         self._pages = [segment.pages(caches.page_size) for segment in batch.segments[len(batch.singles) :]]
@@ -101,7 +118,8 @@ class PagedPast(CachedPast):
     @cached_property
     def _decoding(self) -> DecodePast:
         """The singles' past, whose page table is made once for all layers."""
-        return DecodePast(self.batch.rows(self.paged.page_size), self.paged, self.attention, self.top_k)
+        on_picked = self._keep_decoded if self.keeps_evidence else None
+        return DecodePast(self.batch.rows(self.paged.page_size), self.paged, self.attention, self.top_k, on_picked=on_picked)
 
     def attend(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
         """See `CachedPast.attend`."""
@@ -128,6 +146,24 @@ class PagedPast(CachedPast):
             return segment.count
         return min(max(self.dense_up_to - segment.start, 0), segment.count)
 
+    def _keep_evidence(self, layer_index: int, segment: Segment, query_HD: Tensor, picked_K: Tensor | None) -> None:
+        """Of a segment's last token, where it chooses a token of the answer. picked_K: None where it sees all."""
+        if not self.keeps_evidence or segment.request.evidence is None:
+            return
+        if segment.end == segment.request.num_known:
+            caches = self.caches(layer_index)
+            segment.request.evidence.add(query_HD, caches.key_SGD, segment.slots_S, picked_K, caches.key_scales_SG, self.shard)
+
+    def _keep_decoded(self, layer_index: int, query_BHD: Tensor, picked_BK: Tensor | None) -> None:
+        """The evidence of those singles that are not widened. picked_BK: None where they see all."""
+        for number, segment in enumerate(self.batch.singles):
+            if not self._is_widened(segment):
+                picked_K = None if picked_BK is None else picked_BK[number]
+                self._keep_evidence(layer_index, segment, query_BHD[number], picked_K)
+
+    def _is_widened(self, segment: Segment) -> bool:
+        return self.attention == "sparse" and self.top_k <= segment.start < self.dense_up_to
+
     def _attend_segment(
         self, layer_index: int, segment: Segment, pages_P: Tensor, query_THD: Tensor, index: CachedIndex | None
     ) -> Tensor:
@@ -135,7 +171,7 @@ class PagedPast(CachedPast):
         caches, scale = self.caches(layer_index), query_THD.shape[-1] ** -0.5
         positions = torch.arange(segment.start, segment.end, device=pages_P.device)
         num_dense = self._num_dense(segment)
-        outputs = []
+        outputs, picked = [], None
         if num_dense:
             # Dense attention asks that the queries be the last of the keys.
             keys, values = read_keys_and_values(caches, pages_P, segment.start + num_dense, query_THD.dtype)
@@ -145,6 +181,8 @@ class PagedPast(CachedPast):
             rest = CachedIndex(index.query_TJI[num_dense:], index.gates_TJ[num_dense:])
             indices = self._select(caches, rest, positions[num_dense:], pages_P)
             outputs.append(sparse_attention_in_pages(query_THD[num_dense:], caches, indices, pages_P, segment.end, scale))
+            picked = indices[-1]
+        self._keep_evidence(layer_index, segment, query_THD[-1], picked)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:
@@ -164,7 +202,7 @@ class PagedPast(CachedPast):
     def _decode(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
         """One token a request, [B, H, D]; those whose `dense_up_to` is more than is picked there attend to all they see."""
         singles = self.batch.singles
-        widened = [] if index is None else [n for n, one in enumerate(singles) if self.top_k <= one.start < self.dense_up_to]
+        widened = [number for number, segment in enumerate(singles) if self._is_widened(segment)]
         if len(widened) < len(singles):
             attended = self._decoding.attend(layer_index, query_THD, index)
         else:

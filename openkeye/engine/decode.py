@@ -4,6 +4,7 @@ Nothing here waits for the device and no shape depends on how long the sequences
 they grow. Letters: B requests, P pages of the longest, L positions of P pages, H query heads, D head width, K picked tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ from openkeye.model.past import CachedIndex, CachedPast
 
 if TYPE_CHECKING:
     from openkeye.kernels.sparse_decode import DecodeScratch
+
+
+OnPicked = Callable[[int, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,14 @@ class DecodePast(CachedPast):
         attention: str,
         top_k: int,
         scratch: "DecodeScratch | None" = None,
+        on_picked: OnPicked | None = None,
     ) -> None:
-        """scratch: see `decode_in_pages`; one serves all layers of one step at a time."""
+        """scratch: see `decode_in_pages`; one serves all layers of one step at a time.
+
+        on_picked: called in every layer with its number, the queries and the picked positions [B, K] int32, -1 for none; None
+        where everything is attended to.
+        """
+        self.on_picked = on_picked
         self.rows = rows
         self.scratch = scratch
         self.paged = caches
@@ -76,7 +86,12 @@ class DecodePast(CachedPast):
         """See `CachedPast.attend`."""
         caches, rows, scale = self.caches(layer_index), self.rows, query_THD.shape[-1] ** -0.5
         if index is None:
+            if self.on_picked is not None:
+                self.on_picked(layer_index, query_THD, None)
             return attend_in_pages(query_THD, caches, self._everything, rows.page_table_BP, scale, self.scratch)
         pages = (rows.page_table_BP, rows.lengths_B)
         queries = (query_THD, index.query_TJI, index.gates_TJ)
-        return decode_in_pages(*queries, caches, *pages, self.top_k, scale, self.scratch)[0]
+        attended, picked = decode_in_pages(*queries, caches, *pages, self.top_k, scale, self.scratch)
+        if self.on_picked is not None:
+            self.on_picked(layer_index, query_THD, picked)
+        return attended

@@ -17,6 +17,8 @@ from openkeye.engine.answer import Answer
 from openkeye.engine.answering import Message
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.evidence import EvidenceCounts
+from openkeye.engine.moments import read_evidence
 from openkeye.engine.parallel import ModelSettings, open_runner
 from openkeye.engine.request import Request
 from openkeye.engine.sampler import sample_batch, token_logprobs
@@ -77,14 +79,17 @@ class Engine:
         sampling: SamplingParameters | None = None,
         on_text: OnText | None = None,
         on_progress: OnProgress | None = None,
+        evidence: bool = False,
     ) -> Answer:
         """Answer one question about a video file, or the part of it from start to end.
+
+        evidence: whether the answer tells what it rests on (`Answer.evidence`).
 
         Raises:
             InputError: the video cannot be read, or the prompt does not fit.
         """
         conversation = self.open(video, fps=fps, start_seconds=start_seconds, end_seconds=end_seconds, on_progress=on_progress)
-        return conversation.ask(question, sampling=sampling, on_text=on_text, on_progress=on_progress)
+        return conversation.ask(question, sampling=sampling, on_text=on_text, on_progress=on_progress, evidence=evidence)
 
     def ask_many(
         self, video: str | Path | Frames, questions: Sequence[str], *, fps: float | None = None, **options: Any
@@ -117,9 +122,11 @@ class Engine:
         sampling: SamplingParameters | None = None,
         on_text: OnText | None = None,
         on_progress: OnProgress | None = None,
+        evidence: bool = False,
     ) -> Answer:
         """Continue a chat whose messages may hold text, pictures and videos (see `openkeye.inputs.messages`)."""
-        return self.generate_batch([messages], sampling=sampling, on_text=on_text, on_progress=on_progress)[0]
+        batch = [messages]
+        return self.generate_batch(batch, sampling=sampling, on_text=on_text, on_progress=on_progress, evidence=evidence)[0]
 
     def generate_batch(
         self,
@@ -128,9 +135,10 @@ class Engine:
         sampling: SamplingParameters | None = None,
         on_text: OnText | None = None,
         on_progress: OnProgress | None = None,
+        evidence: bool = False,
     ) -> list[Answer]:
         """Answers to several chats, decoded together. `on_text` streams the first one's."""
-        requests = [self.prepare(messages, sampling or SamplingParameters()) for messages in batch]
+        requests = [self.prepare(messages, sampling or SamplingParameters(), evidence=evidence) for messages in batch]
         if not requests:
             return []
         first = requests[0]
@@ -175,11 +183,13 @@ class Engine:
         messages: Sequence[Message],
         sampling: SamplingParameters,
         on_decoded: Callable[[int, int], None] | None = None,
+        evidence: bool = False,
         **template_options: Any,
     ) -> Request:
         """Decode and encode messages into a request for `scheduler.add`. Safe on any thread.
 
         on_decoded: called with (video frames done, in all); what it raises ends the decoding.
+        evidence: whether its batches count what the answer rests on.
         template_options: what the chat template is given beside the messages.
 
         Raises:
@@ -199,6 +209,8 @@ class Engine:
         )
         request = self._request(prompt, sampling)
         request.stage_seconds["decode_video"] = time.monotonic() - start
+        if evidence:
+            request.evidence = EvidenceCounts(request.num_prompt)
         return request
 
     def step(self) -> list[Request]:
@@ -245,6 +257,7 @@ class Engine:
             request.stage_seconds,
             request.finish_reason,
             request.prompt.notes,
+            read_evidence(request, self.processor),
         )
 
     def _request(self, prompt: EncodedPrompt, sampling: SamplingParameters) -> Request:
@@ -288,16 +301,9 @@ class Conversation:
         # asked part of the video, seconds
         self.decode_seconds = decode_seconds
 
-    def ask(
-        self,
-        question: str,
-        *,
-        sampling: SamplingParameters | None = None,
-        on_text: OnText | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Answer:
-        """One more question, independent of the earlier ones."""
-        return self.ask_many([question], sampling=sampling, on_text=on_text, on_progress=on_progress)[0]
+    def ask(self, question: str, **options: Any) -> Answer:
+        """One more question, independent of the earlier ones. Options: those of `Engine.generate_batch`."""
+        return self.ask_many([question], **options)[0]
 
     def ask_many(self, questions: Sequence[str], **options: Any) -> list[Answer]:
         """Several questions at once, answered in one batch."""

@@ -19,6 +19,7 @@ from openkeye.common.checks import InputError
 from openkeye.common.launch import local_rank, num_ranks, rank
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig
+from openkeye.engine.evidence import EvidenceCounts
 from openkeye.engine.graphs import StepRow
 from openkeye.engine.pages import with_cache_tokens
 from openkeye.engine.ranks import End, Ranks, join
@@ -106,6 +107,10 @@ class SegmentOrder:
     pages: PagesOrder
     start: int
     count: int
+    num_known: int
+    # tokens of the request
+    num_prompt: int | None
+    # of it, where its evidence is counted
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class ShardedRunner(Runner):
     def past_of(self, batch: Batch) -> ShardedPast:
         """See `Runner.past_of`."""
         top_k = self.model.config.indexer.top_k
-        past = ShardedPast(batch, self.caches, self.attention, top_k, self.dense_up_to)
+        past = ShardedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
         past.shard = self.model.shard
         return past
 
@@ -219,7 +224,12 @@ class LeadingRunner(ShardedRunner):
     def _segments(self, batch: Batch) -> list[SegmentOrder]:
         """A batch in words; followers know the pages of the requests of the batch before, and no others."""
         told, self._pages_told = self._pages_told, {}
-        return [SegmentOrder(self._pages(one.request, told), one.start, one.count) for one in batch.segments]
+        return [self._segment(segment, told) for segment in batch.segments]
+
+    def _segment(self, segment: Segment, told: dict[int, tuple[list[int], int]]) -> SegmentOrder:
+        request = segment.request
+        num_prompt = None if request.evidence is None else request.num_prompt
+        return SegmentOrder(self._pages(request, told), segment.start, segment.count, request.num_known, num_prompt)
 
     def _pages(self, request: Request, told: dict[int, tuple[list[int], int]]) -> PagesOrder:
         """Whatever the follower was not told with the batch before."""
@@ -233,11 +243,14 @@ class LeadingRunner(ShardedRunner):
 
 @dataclass(eq=False)
 class _Known:
-    """What a follower knows of a request: as much as a `StepRow` asks of one."""
+    """What a follower knows of a request: as much as a `StepRow` and a `PagedPast` ask of one."""
 
     pages: list[int] = field(default_factory=list)
     slots: Tensor | None = None
     # [pages * page_size] int64, of the pages that a walk has seen
+    num_known: int = 0
+    evidence: EvidenceCounts | None = None
+    # takes part in the leader's counting; nobody reads it here
 
     def slots_of(self, page_size: int, device: torch.device) -> Tensor:
         """Cache slots of all pages."""
@@ -304,8 +317,9 @@ class _Follower:
 
     def _segment(self, order: SegmentOrder, request: _Known) -> Segment:
         slots = request.slots_of(self.runner.caches.page_size, self.runner.device)
-        # Only the leader's runner reads requests.
-        return Segment(None, order.start, order.count, slots[: order.start + order.count])  # type: ignore[arg-type]
+        request.num_known = order.num_known
+        request.evidence = None if order.num_prompt is None else EvidenceCounts(order.num_prompt)
+        return Segment(request, order.start, order.count, slots[: order.start + order.count])  # type: ignore[arg-type]
 
 
 _numbers = iter(range(1 << 62))

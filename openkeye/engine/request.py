@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import TokenEvent
+from openkeye.engine.evidence import EvidenceCounts
 from openkeye.engine.text_stream import TextStream
 from openkeye.inputs.encode import EncodedPrompt
 from openkeye.inputs.patches import Patches
@@ -44,6 +45,8 @@ class Request:
     on_token: Callable[[TokenEvent], None] | None = None
     on_prefill: Callable[[int, int], None] | None = None
     # called with (prompt tokens done, prompt tokens in all)
+    evidence: EvidenceCounts | None = None
+    # what its answer rests on, where that is asked for
     pictures: list[Picture] = field(init=False)
     content: np.ndarray = field(init=False)
     # [T] int64 by which equal prefixes are found

@@ -84,7 +84,8 @@ class Runner:
 
     def past_of(self, batch: Batch) -> PagedPast:
         """The past that a batch sees."""
-        return PagedPast(batch, self.caches, self.attention, self.model.config.indexer.top_k, self.dense_up_to)
+        top_k = self.model.config.indexer.top_k
+        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
 
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
@@ -93,9 +94,12 @@ class Runner:
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""
         widened = range(self.model.config.indexer.top_k, self.dense_up_to or 0) if self.attention == "sparse" else ()
-        return all(
-            segment.start >= segment.request.num_prompt and segment.count == 1 and segment.start not in widened
-            for segment in batch.segments
+        return (
+            all(
+                segment.start >= segment.request.num_prompt and segment.count == 1 and segment.start not in widened
+                for segment in batch.segments
+            )
+            and not batch.keeps_evidence
         )
 
     def _step_row(self, segment: Segment) -> StepRow:

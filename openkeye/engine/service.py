@@ -50,10 +50,12 @@ class EngineTicket(Ticket):
         deadline: float,
         on_cancel: Callable[[Ticket], None],
         template_options: Mapping[str, Any],
+        keeps_evidence: bool = False,
     ) -> None:
         """deadline: on the monotonic clock, seconds."""
         super().__init__(on_event, on_cancel)
         self.sampling = sampling
+        self.keeps_evidence = keeps_evidence
         self.deadline = deadline
         self.template_options = template_options
         self.request: Request | None = None
@@ -116,6 +118,7 @@ class EngineService:
         on_event: OnEvent,
         deadline_seconds: float | None = None,
         template_options: Mapping[str, Any] | None = None,
+        evidence: bool = False,
     ) -> Ticket:
         """Ask for an answer; returns at once.
 
@@ -127,6 +130,7 @@ class EngineService:
                 ErrorEvent comes from within this call.
             deadline_seconds: from now on; an answer that is not whole by then ends as it is, finish_reason "deadline".
             template_options: what the chat template is given beside the messages: tools.
+            evidence: whether the answer tells what it rests on (`Answer.evidence`).
 
         Raises:
             InputError: a deadline that is no time from now on.
@@ -134,7 +138,7 @@ class EngineService:
         if deadline_seconds is not None and not deadline_seconds >= 0:
             raise InputError(f"deadline_seconds is {deadline_seconds}; give seconds from 0 on, or None")
         deadline = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
-        ticket = EngineTicket(sampling, on_event, deadline, self._wake, template_options or {})
+        ticket = EngineTicket(sampling, on_event, deadline, self._wake, template_options or {}, evidence)
         with self._changed:
             if self.is_alive:
                 is_full = len(self._open) - len(self._engine.scheduler.running) >= self._max_queue
@@ -190,7 +194,8 @@ class EngineService:
                 raise Abandoned
 
         check(0, 0)
-        return self._engine.prepare(messages, ticket.sampling, on_decoded=check, **ticket.template_options)
+        options = {"evidence": ticket.keeps_evidence, **ticket.template_options}
+        return self._engine.prepare(messages, ticket.sampling, on_decoded=check, **options)
 
     def _take_encoded(self, ticket: EngineTicket, future: "Future[Request]") -> None:
         """Hand an encoding's outcome to the engine thread, whatever it is."""

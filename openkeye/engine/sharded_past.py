@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openkeye.engine.batch import PagedPast
-from openkeye.engine.decode import DecodePast, DecodeRows
+from openkeye.engine.decode import DecodePast, DecodeRows, OnPicked
 from openkeye.engine.pages import PagedCaches
 from openkeye.kernels.dispatch import (
     attend_in_pages,
@@ -34,12 +34,11 @@ if TYPE_CHECKING:
 class ShardedPast(PagedPast):
     """A `PagedPast` over the KV heads of one rank, and over the index keys of all tokens."""
 
-    shard: Shard = ALONE
-
     @cached_property
     def _decoding(self) -> DecodePast:
         rows = self.batch.rows(self.paged.page_size)
-        return decode_past(self.shard, rows, self.paged, self.attention, self.top_k)
+        on_picked = self._keep_decoded if self.keeps_evidence else None
+        return decode_past(self.shard, rows, self.paged, self.attention, self.top_k, on_picked=on_picked)
 
     def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:
         """See `PagedPast._select`."""
@@ -66,6 +65,8 @@ class ShardedDecodePast(DecodePast):
         caches, rows = self.caches(layer_index), self.rows
         pick = pick_by_request if query_THD.shape[0] >= self.shard.size else pick_by_page
         picked_BK = pick(self.shard, index, caches, rows.page_table_BP, rows.lengths_B, self.top_k)
+        if self.on_picked is not None:
+            self.on_picked(layer_index, query_THD, picked_BK)
         return attend_in_pages(query_THD, caches, picked_BK, rows.page_table_BP, query_THD.shape[-1] ** -0.5, self.scratch)
 
 
@@ -76,11 +77,12 @@ def decode_past(
     attention: str,
     top_k: int,
     scratch: "DecodeScratch | None" = None,
+    on_picked: OnPicked | None = None,
 ) -> DecodePast:
     """The past of rows that decode, on one rank or alone; see `DecodePast`."""
     if shard.size == 1:
-        return DecodePast(rows, caches, attention, top_k, scratch)
-    past = ShardedDecodePast(rows, caches, attention, top_k, scratch)
+        return DecodePast(rows, caches, attention, top_k, scratch, on_picked)
+    past = ShardedDecodePast(rows, caches, attention, top_k, scratch, on_picked)
     past.shard = shard
     return past
 

@@ -162,6 +162,7 @@ class WorkerService:
         on_event: OnEvent,
         deadline_seconds: float | None = None,
         template_options: Mapping[str, Any] | None = None,
+        evidence: bool = False,
     ) -> Ticket:
         """Ask for an answer, as `EngineService.submit` does; messages must hold what can be pickled.
 
@@ -169,7 +170,7 @@ class WorkerService:
         """
         if deadline_seconds is not None and not deadline_seconds >= 0:
             raise InputError(f"deadline_seconds is {deadline_seconds}; give seconds from 0 on, or None")
-        options = {"deadline_seconds": deadline_seconds, "template_options": template_options}
+        options = {"deadline_seconds": deadline_seconds, "template_options": template_options, "evidence": evidence}
         deadline = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
         ticket = _RemoteTicket(on_event, self._cancel, next(self._numbers), deadline)
         submission = Submission(ticket.number, messages, sampling, options)

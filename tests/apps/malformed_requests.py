@@ -93,6 +93,7 @@ WRONG_FIELDS: dict[str, tuple[object, ...]] = {
     "logprobs": (3, "yes"),
     "top_logprobs": (3, -1, "x"),
     "stream": ("yes", 1, []),
+    "evidence": ("yes", 1, {}),
     "stream_options": ({"include_usage": True}, [], "x", {"include_usage": 1}, {"more": True}),
     "n": (2, 0, "1", 1.5),
     "logit_bias": ({"1": 5}, [], "x"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def test_ask_json_tells_everything():
     assert abs(first - 5.30) < 0.3 and abs(last - 8.43) < 0.3
     assert set(answer["stage_seconds"]) == {"decode_video", "encode_vision", "prefill", "generate"}
     assert answer["num_frames"] == 29 and answer["num_prompt_tokens"] > 600 and answer["finish_reason"] == "stop"
+
+
+def test_ask_tells_what_the_answer_rests_on():
+    said, told = openkeye("ask", DEMO, QUESTION, "--evidence").stdout.splitlines()
+    seconds = [float(found) for found in re.findall(r"([\d.]+) s \(\d\.\d%\)", told)]
+    assert said == "From 5.7 to 8.3 seconds." and told.startswith("Most attention: ") and len(seconds) == 3
+    assert all(5.3 < moment < 9.2 for moment in seconds)
+    answer = json.loads(openkeye("ask", DEMO, QUESTION, "--evidence", "--json").stdout)
+    assert len(answer["evidence"][0]["moments"]) == answer["num_frames"]
 
 
 def test_chat_answers_line_by_line():

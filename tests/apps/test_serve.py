@@ -198,6 +198,31 @@ def message(content: object) -> dict[str, object]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}]}
 
 
+def test_evidence_comes_where_it_is_asked_for(client):
+    plain, asked = (ask(client, question(**options)).json() for options in ({}, {"evidence": True}))
+    assert "evidence" not in plain and asked["choices"][0]["message"] == plain["choices"][0]["message"]
+    (video,) = asked["evidence"]
+    assert video["video"] == 0 and video["is_selective"] and 0.2 < video["share"] < 0.4 and 0.4 < video["weight"] < 0.8
+    times = [moment["seconds"] for moment in video["moments"]]
+    assert len(times) == asked["openkeye"]["num_frames"] == 29 and times == sorted(times)
+    # 13 queries, whose last wrote the end, in 6 layers.
+    for moment in video["moments"]:
+        assert moment["share"] == pytest.approx(moment["count"] / (13 * 6 * moment["num_tokens"]), abs=1e-6)
+    (first, last) = asked["openkeye"]["intervals_seconds"][0]
+    heaviest = max(video["moments"], key=lambda moment: moment["weight"])
+    assert first <= heaviest["seconds"] <= last
+    assert ask(client, message("Hello") | {"evidence": True, "max_tokens": 4}).json()["evidence"] == []
+
+
+def test_the_official_client_takes_evidence(official):
+    whole = official.chat.completions.create(**question(), extra_body={"evidence": True})
+    assert whole.choices[0].message.content == ANSWER and len(whole.evidence[0]["moments"]) == 29
+    chunks = list(official.chat.completions.create(**question(), stream=True, extra_body={"evidence": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    told = [chunk.evidence for chunk in chunks if getattr(chunk, "evidence", None)]
+    assert told == [whole.evidence] and chunks[-1].choices[0].finish_reason == "stop"
+
+
 def test_the_official_client_knows_our_errors(official):
     with pytest.raises(openai.BadRequestError, match="n=1"):
         official.chat.completions.create(**question(n=2))

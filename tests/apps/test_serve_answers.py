@@ -31,7 +31,7 @@ class ScriptedService:
         self.messages: list[dict] = []
         self.num_cancelled = 0
 
-    def submit(self, messages, sampling, on_event, deadline_seconds=None, template_options=None):
+    def submit(self, messages, sampling, on_event, deadline_seconds=None, template_options=None, evidence=False):
         self.messages, self.template_options = messages, template_options
         for number, piece in enumerate(self.pieces):
             on_event(TokenEvent(number, piece, -1.0, []))
@@ -168,7 +168,7 @@ def test_a_deadline_cuts_an_answer_or_refuses_it():
 
 def test_logprobs_of_the_impossible_are_json():
     service = ScriptedService(["a"])
-    service.submit = lambda messages, sampling, on_event, deadline, options: (
+    service.submit = lambda messages, sampling, on_event, deadline, options, evidence: (
         on_event(TokenEvent(1, "a", float("-inf"), [(2, -0.5)])),
         on_event(FinishEvent("a", "stop", 1, 0, 1, Answer("a", [], 1, 0, 1, 0, 0.0, {}, "stop"))),
         SimpleNamespace(cancel=lambda: None),

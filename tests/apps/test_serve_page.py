@@ -36,7 +36,7 @@ def test_times_in_words_become_pieces(text, seconds):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-@pytest.mark.parametrize("name", ["page.js", "times.js"])
+@pytest.mark.parametrize("name", sorted(path.name for path in WEB.glob("*.js")))
 def test_scripts_are_javascript(name, tmp_path):
     module = shutil.copy(WEB / name, tmp_path / "script.mjs")
     assert subprocess.run(["node", "--check", module], capture_output=True, text=True, check=False).stderr == ""
@@ -49,7 +49,8 @@ def test_the_page_takes_nothing_from_elsewhere():
 
 def test_scripts_find_what_they_ask_for():
     ids = set(re.findall(r'\bid="([\w-]+)"', (WEB / "index.html").read_text()))
-    assert set(re.findall(r'byId\("([\w-]+)"\)', (WEB / "page.js").read_text())) <= ids
+    for script in WEB.glob("*.js"):
+        assert set(re.findall(r'byId\("([\w-]+)"\)', script.read_text())) <= ids, script
 
 
 def test_the_page_is_packed():

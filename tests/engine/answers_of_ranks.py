@@ -93,6 +93,14 @@ def work(model: str, extent: str, device: str = "cpu") -> dict[str, Any]:
         "tokens": [token for token, _, _ in scored],
         "logprobs": torch.tensor([logprob for _, _, logprob in scored]),
     }
+    request = engine.prepare(chat(video, QUESTIONS[0]), SamplingParameters(max_new_tokens=8), evidence=True)
+    engine.scheduler.add(request)
+    while engine.scheduler.has_work:
+        engine.step()
+    results["evidence"] = {
+        "tokens": [*request.output_ids, *request.evidence.counts_P().tolist()],
+        "logprobs": request.evidence.weights_P(),
+    }
     if extent == "brief":
         return results
     dense = Engine(model, attention="dense", **options)

@@ -189,7 +189,7 @@ def test_ranks_that_parted_do_not_go_on():
 def test_followers_are_told_new_pages_only_and_all_of_them_after_a_preemption():
     leader = LeadingRunner.__new__(LeadingRunner)
     leader._pages_told = {}
-    one, two = SimpleNamespace(pages=[3, 4]), SimpleNamespace(pages=[7])
+    one, two = (SimpleNamespace(pages=pages, evidence=None, num_known=1) for pages in ([3, 4], [7]))
 
     def told(*requests: SimpleNamespace) -> list[tuple[int, list[int]]]:
         orders = leader._segments(Batch([Segment(request, 0, 1, torch.empty(0)) for request in requests]))

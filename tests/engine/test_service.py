@@ -1,6 +1,7 @@
 """Many callers at once: each gets its own answer in order, and what goes wrong with one ends that one."""
 
 import gc
+import pickle
 import re
 import threading
 import time
@@ -164,14 +165,14 @@ class SlowDecoding:
         self.has_begun, self.may_go_on, self.num_ended = threading.Event(), threading.Event(), 0
         prepare = Engine.prepare
 
-        def prepare_slowly(engine, messages, sampling, on_decoded=None):
+        def prepare_slowly(engine, messages, sampling, on_decoded=None, **options):
             def report(num_done: int, num_frames: int) -> None:
                 self.has_begun.set()
                 assert self.may_go_on.wait(60)
                 on_decoded(num_done, num_frames)
 
             try:
-                return prepare(engine, messages, sampling, report)
+                return prepare(engine, messages, sampling, report, **options)
             finally:
                 self.num_ended += 1
 
@@ -223,10 +224,10 @@ def test_a_bad_video_fails_its_own_request_only(start, endless, tmp_path):
 def test_an_unexpected_error_of_an_encoding_fails_that_request_only(start, monkeypatch):
     service, prepare = start(), Engine.prepare
 
-    def fail_sometimes(engine, messages, sampling, on_decoded=None):
+    def fail_sometimes(engine, messages, sampling, on_decoded=None, **options):
         if "fail" in messages[0]["content"]:
             raise ZeroDivisionError("of a library\nsomewhere")
-        return prepare(engine, messages, sampling, on_decoded)
+        return prepare(engine, messages, sampling, on_decoded, **options)
 
     monkeypatch.setattr(Engine, "prepare", fail_sometimes)
     good, bad = Caller(service, HELLO), Caller(service, [{"role": "user", "content": "fail"}])
@@ -364,6 +365,15 @@ def test_few_requests_are_encoded_ahead_of_those_that_run(start, endless, monkey
     first.ticket.cancel()
     assert all(caller.wait().finish_reason == "length" for caller in callers[:5])
     assert is_idle(service)
+
+
+def test_evidence_comes_with_the_end_and_can_cross_a_pipe(start, video):
+    service = start()
+    asked, plain = Caller(service, chat(video, QUESTIONS[0]), evidence=True), Caller(service, chat(video, QUESTIONS[0]))
+    event = asked.wait()
+    assert isinstance(event, FinishEvent) and event.answer.evidence is not None
+    assert len(event.answer.evidence[0].moments) == event.answer.num_frames and plain.wait().answer.evidence is None
+    assert pickle.loads(pickle.dumps(event)) == event
 
 
 def test_stop_ends_what_is_open_and_refuses_what_comes(start, endless, monkeypatch):

@@ -13,9 +13,10 @@ import pytest
 
 from openkeye.common.checks import InputError
 from openkeye.engine import worker_service as worker_service_module
-from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
 from openkeye.engine.loop import Engine
+from openkeye.engine.pages import CPU_CACHE_TOKENS
 from openkeye.engine.worker_service import WorkerService
 from tests.engine.test_loop import chat
 from tests.engine.test_service import DEMO, HELLO, LONG, SHORT, Caller
@@ -62,7 +63,7 @@ def test_answers_are_those_of_an_engine_here(start):
         assert caller.ticket.is_settled
     stats = service.stats()
     assert (stats.num_finished, stats.num_failed, stats.num_running, stats.num_waiting) == (3, 0, 0, 0)
-    assert stats.num_free_pages == stats.num_pages == EngineConfig().cache_tokens // 64
+    assert stats.num_free_pages == stats.num_pages == CPU_CACHE_TOKENS // 64
     assert stats.num_output_tokens == sum(len(caller.events) - 1 for caller in callers)
     assert stats.num_prompt_tokens == sum(caller.wait().num_prompt_tokens for caller in callers)
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from openkeye.engine.answering import AnsweringService
 
 WEB_DIR = Path(__file__).parent / "web"
+SAMPLE_CLIP = Path(__file__).parents[2] / "media" / "demo.mp4"
+# what the page offers to whoever has no video at hand
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'",
@@ -64,6 +66,9 @@ def make_application(
     async def page(request: Request) -> Response:
         return FileResponse(WEB_DIR / "index.html", headers=PAGE_HEADERS)
 
+    async def sample(request: Request) -> Response:
+        return FileResponse(SAMPLE_CLIP, media_type="video/mp4")
+
     async def list_models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
@@ -88,6 +93,7 @@ def make_application(
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
         Route("/metrics", figures),
+        Route("/web/demo.mp4", sample),
         Mount("/web", StaticFiles(directory=WEB_DIR)),
     ]
     handlers = {ApiError: respond_api_error, HTTPException: respond_http_error, Exception: respond_crash}

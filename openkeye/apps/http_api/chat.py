@@ -107,7 +107,8 @@ class ChatEndpoint:
         options = self._template_options(chat)
         messages = await self._messages(chat)
         events = EventQueue(arrived, self.metrics)
-        ticket = self.service.submit(messages, sampling, events.put, self.limits.deadline_seconds, options)
+        asked = (self.limits.deadline_seconds, options, bool(chat.evidence))
+        ticket = self.service.submit(messages, sampling, events.put, *asked)
         # While the answer is written, nobody here needs its data URLs.
         del messages
         chat.messages.clear()

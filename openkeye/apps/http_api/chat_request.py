@@ -118,6 +118,8 @@ class ChatRequest(_Checked):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
     # (not of the OpenAI API: how many of the likeliest tokens are kept, 0 for all)
+    evidence: bool | None = None
+    # (not of the OpenAI API: whether the answer tells which moments of its videos it rests on)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     logprobs: bool | None = None

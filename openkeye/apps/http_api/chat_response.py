@@ -45,7 +45,7 @@ class ChatResponse:
             "logprobs": None if tokens is None else self._logprobs(tokens),
             "finish_reason": self._finish_reason(finish),
         }
-        return self._head("chat.completion") | {"choices": [choice], "usage": usage(finish), "openkeye": details(finish)}
+        return self._head("chat.completion") | {"choices": [choice], "usage": usage(finish)} | details(finish)
 
     def role_chunk(self) -> dict[str, Any]:
         """The first chunk: who speaks."""
@@ -61,7 +61,7 @@ class ChatResponse:
 
     def finish_chunk(self, finish: FinishEvent) -> dict[str, Any]:
         """The last chunk of the choice."""
-        return self._chunk({}, self._finish_reason(finish)) | {"openkeye": details(finish)}
+        return self._chunk({}, self._finish_reason(finish)) | details(finish)
 
     def usage_chunk(self, finish: FinishEvent) -> dict[str, Any]:
         """The chunk behind it, where `stream_options.include_usage` asks for it."""
@@ -117,7 +117,8 @@ def usage(finish: FinishEvent) -> dict[str, Any]:
 
 
 def details(finish: FinishEvent) -> dict[str, Any]:
-    """What only we tell: times in the answer as intervals, the frames looked at, notes about the video."""
+    """What only we tell: times in the answer as intervals, frames looked at, notes about the video, evidence if asked for."""
     answer = finish.answer.to_dict()
     names = ("intervals_seconds", "num_frames", "frame_spacing_seconds", "stage_seconds", "notes")
-    return {name: answer[name] for name in names} | {"finish_reason": finish.finish_reason}
+    ours = {"openkeye": {name: answer[name] for name in names} | {"finish_reason": finish.finish_reason}}
+    return ours if answer["evidence"] is None else ours | {"evidence": answer["evidence"]}

@@ -1,9 +1,11 @@
 // The page at /: a video from this machine, a question, and the answer as it comes.
 
+import { EvidenceTimeline } from "/web/evidence.js";
 import { splitTimes } from "/web/times.js";
 
 const byId = (id) => document.getElementById(id);
 const player = byId("player");
+const evidence = new EvidenceTimeline(player, jumpTo);
 
 let model = null; // what /v1/models says
 let video = null; // {name, dataUrl}
@@ -51,12 +53,24 @@ function readAsDataUrl(file) {
 
 async function takeFile(file) {
   byId("file-name").textContent = file.name;
+  byId("drop").classList.add("has-video");
+  evidence.hide();
   if (player.src) URL.revokeObjectURL(player.src);
   player.src = URL.createObjectURL(file);
   player.hidden = false;
   byId("player-note").hidden = true;
   video = null;
-  video = { name: file.name, dataUrl: await readAsDataUrl(file) };
+  const url = player.src;
+  const dataUrl = await readAsDataUrl(file);
+  // (the last of several that were chosen in a hurry)
+  if (player.src === url) video = { name: file.name, dataUrl };
+}
+
+async function takeSample() {
+  const response = await fetch("/web/demo.mp4");
+  if (!response.ok) throw new Error(await reasonOf(response));
+  await takeFile(new File([await response.blob()], "demo.mp4", { type: "video/mp4" }));
+  if (!byId("question").value) byId("question").value = byId("question").placeholder;
 }
 
 function jumpTo(seconds) {
@@ -85,7 +99,7 @@ function requestBody() {
     const url = video.dataUrl.startsWith("data:video/") ? video.dataUrl : video.dataUrl.replace(/^data:[^;,]*/, "data:video/mp4");
     parts.unshift({ type: "video_url", video_url: { url, start: number("start"), end: number("end"), fps: number("fps") } });
   }
-  const options = { stream: true, stream_options: { include_usage: true }, max_tokens: number("max-tokens") };
+  const options = { stream: true, stream_options: { include_usage: true }, max_tokens: number("max-tokens"), evidence: Boolean(video) };
   return JSON.stringify({ model: model.id, messages: [{ role: "user", content: parts }], ...options });
 }
 
@@ -106,7 +120,20 @@ async function* eventsOf(response) {
   }
 }
 
-async function readAnswer(response) {
+/** What grows or goes above the answer must not move it away from who reads it (browsers that do this by themselves are told not to). */
+function keepAnswerInPlace(change) {
+  const place = () => byId("reply").getBoundingClientRect().top;
+  const before = place();
+  change();
+  scrollBy({ top: place() - before, behavior: "instant" });
+}
+
+function showEvidence(chunk) {
+  const url = player.error ? null : player.src;
+  keepAnswerInPlace(() => evidence.show(chunk.evidence[0], chunk.openkeye.intervals_seconds, url));
+}
+
+async function readAnswer(response, asked) {
   let answer = "";
   let reasoning = "";
   let note = "";
@@ -119,12 +146,15 @@ async function readAnswer(response) {
       byId("reasoning-text").textContent = reasoning;
     }
     if (choice?.delta.content) {
+      if (!answer) byId("reply").scrollIntoView({ block: "nearest" });
       answer += choice.delta.content;
       showAnswer(answer);
     }
     if (chunk.openkeye) {
       const { num_frames: frames, notes, finish_reason: reason } = chunk.openkeye;
       const cut = reason === "stop" ? [] : ["the answer was cut"];
+      // (another video may have been chosen since)
+      if (chunk.evidence?.length && video === asked) showEvidence(chunk);
       note = [...(frames ? [`${frames} frames looked at`] : []), ...cut, ...notes].join("; ");
     }
     if (chunk.usage) tell([note, `${chunk.usage.prompt_tokens} tokens read, ${chunk.usage.completion_tokens} written`].filter(Boolean).join("; "));
@@ -137,11 +167,14 @@ async function ask() {
   byId("ask").disabled = true;
   byId("stop").disabled = false;
   byId("answer").replaceChildren();
+  byId("reply").setAttribute("aria-busy", "true");
   byId("reasoning").hidden = true;
+  keepAnswerInPlace(() => evidence.hide());
   try {
-    if (byId("file").files.length && !video) throw new Error("The video is still being read; ask again in a moment.");
+    if (player.src && !video) throw new Error("The video is still being read; ask again in a moment.");
     tell(video ? "Looking at the video…" : "Thinking…");
     await loadModel();
+    const asked = video;
     const body = requestBody();
     if (body.length > model.max_body_bytes) {
       throw new Error(`The video is too large to send: this server takes ${Math.floor(model.max_body_bytes / 1.4e6)} MB.`);
@@ -153,12 +186,13 @@ async function ask() {
       signal: running.signal,
     });
     if (!response.ok) throw new Error(await reasonOf(response));
-    await readAnswer(response);
+    await readAnswer(response, asked);
   } catch (error) {
     if (error.name === "AbortError") tell("Stopped.");
     else tell(error.message, true);
   } finally {
     running = null;
+    byId("reply").setAttribute("aria-busy", "false");
     byId("ask").disabled = false;
     byId("stop").disabled = true;
   }
@@ -180,6 +214,7 @@ byId("file").addEventListener("change", () => {
   const [file] = byId("file").files;
   if (file) takeFile(file).catch((error) => tell(error.message, true));
 });
+byId("sample").addEventListener("click", () => takeSample().catch((error) => tell(error.message, true)));
 player.addEventListener("error", () => {
   byId("player-note").hidden = false;
 });
