@@ -23,12 +23,14 @@ from benchmarks.random_model import Unions, random_model, shape_30b, shape_tiny,
 from benchmarks.rehearsal import header
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
+from openkeye.engine.decode import DecodeRows
 from openkeye.engine.graphs import DecodeGraphs
 from openkeye.engine.pages import with_cache_tokens
 from openkeye.engine.request import Request
 from openkeye.engine.runner import Runner
 from openkeye.engine.sampler import sample_batch
 from openkeye.engine.scheduler import Scheduler
+from openkeye.kernels.dispatch import attend_in_pages
 from openkeye.model.config import KeyeConfig
 
 NOISE = 0.0
@@ -65,6 +67,13 @@ class Results:
     decode_ms: dict[str, dict[int, float]] = field(default_factory=lambda: {"sparse": {}, "dense": {}})
     # a token, by its position, at the batch that fills the memory
     decode_batch: dict[int, int] = field(default_factory=dict)
+    shared_ms: dict[str, dict[int, float]] = field(default_factory=lambda: {"sparse": {}, "dense": {}})
+    # the same where as many requests as may run ask about one prompt
+    dense_tbps: dict[str, float] = field(default_factory=dict)
+    # read by attention of one token a request to all keys at the first mark, by kernel
+    worst_prefill_ms: float = 0.0
+    worst_union: float = 0.0
+    # of sparse prefill at the first mark where neighbours share nothing
     batch_ms: dict[int, float] = field(default_factory=dict)
     # a step, by the number of requests
     batch_bound_ms: dict[int, float] = field(default_factory=dict)
@@ -118,16 +127,18 @@ class Bench:
     def prompt(self, num_tokens: int) -> "Prompt":
         return Prompt(self, num_tokens)
 
-    def decoding(self, num_requests: int, length: int) -> list[Request]:
-        """Requests whose sequences of `length` tokens lie in pages of their own."""
+    def decoding(self, num_requests: int, length: int, is_shared: bool = False) -> list[Request]:
+        """Requests whose sequences of `length` tokens lie in pages of their own; shared: in common but for the last two."""
         page_size = self.engine.page_size
         num_pages = -(-(length + DECODE_STEPS) // page_size)
         order = torch.randperm(self.runner.caches.num_slots // page_size, generator=torch.Generator().manual_seed(1)).tolist()
-        assert num_requests * num_pages <= len(order)
+        num_own = 2 if is_shared else num_pages
+        assert num_requests * num_own + (num_pages - num_own) <= len(order)
+        common, order = order[: num_pages - num_own], order[num_pages - num_own :]
         made = []
         for number in range(num_requests):
             request = self.request(topical_ids(length - 1, self.model_config.vocab_size, seed=number))
-            request.pages = order[number * num_pages : (number + 1) * num_pages]
+            request.pages = common + order[number * num_own : (number + 1) * num_own]
             request.num_computed = length - 1
             request.output_ids = [number]
             made.append(request)
@@ -150,9 +161,9 @@ class Bench:
         places = torch.tensor(request.pages)[:, None] * page_size + torch.arange(page_size)
         return places.flatten()[: request.num_computed + 1].to(self.device)
 
-    def decode_ms(self, num_requests: int, length: int) -> float:
+    def decode_ms(self, num_requests: int, length: int, is_shared: bool = False) -> float:
         """Median milliseconds of a step."""
-        requests = self.decoding(num_requests, length)
+        requests = self.decoding(num_requests, length, is_shared)
         times = [self.seconds(lambda: self.step(requests)) for _ in range(DECODE_STEPS)]
         return 1e3 * sorted(times[4:])[len(times[4:]) // 2]
 
@@ -232,10 +243,64 @@ def measure_decode(bench: Bench, results: Results) -> None:
         for attention in ("sparse", "dense"):
             bench.use(attention)
             results.decode_ms[attention][length] = bench.decode_ms(num_requests, length - DECODE_STEPS) / num_requests
+    for length in bench.plan.marks:
+        if length <= bench.longest:
+            for attention in ("sparse", "dense"):
+                bench.use(attention)
+                room = (bench.engine.cache_tokens - length) // (2 * bench.engine.page_size)
+                count = max(1, min(bench.engine.max_batch_requests, room))
+                results.shared_ms[attention][length] = bench.decode_ms(count, length - DECODE_STEPS, is_shared=True) / count
     bench.use("sparse")
     for num_requests in bench.plan.batches:
         results.batch_ms[num_requests] = bench.decode_ms(num_requests, bench.plan.batch_length)
         results.batch_bound_ms[num_requests] = 1e3 * weight_bytes(bench, num_requests) / (results.memory_tbps * 1e12)
+
+
+def measure_dense_rate(bench: Bench, results: Results) -> None:
+    """That the peer is no straw man: bytes a second of paged attention to all keys, beside FlashAttention without pages."""
+    length = min(bench.plan.marks[0], bench.longest) - DECODE_STEPS
+    count = results.decode_batch.get(bench.plan.marks[0], 1)
+    bench.use("dense")
+    if bench.device.type != "cuda":
+        return
+    from triton.testing import do_bench
+
+    config, page_size = bench.model_config, bench.engine.page_size
+    caches = bench.runner.caches.layer(0)
+    table = torch.tensor([request.pages for request in bench.decoding(count, length)], dtype=torch.int32, device="cuda")
+    lengths = torch.full((count,), length, dtype=torch.int32, device="cuda")
+    rows = DecodeRows(lengths.long(), table, lengths)
+    query = torch.randn(count, config.num_attention_heads, config.head_dim, device="cuda", dtype=bench.runner.dtype)
+    everything = rows.positions(page_size)
+    scale = config.head_dim**-0.5
+    numbers = 2 * count * length * config.num_key_value_heads * config.head_dim
+    paged = do_bench(lambda: attend_in_pages(query, caches, everything, table, scale), return_mode="median")
+    results.dense_tbps["paged"] = 1e-9 * numbers * caches.key_SGD.element_size() / paged
+    shape = (count, length, config.num_key_value_heads, config.head_dim)
+    key, value = (torch.randn(shape, device="cuda", dtype=bench.runner.dtype) for _ in range(2))
+    flash = do_bench(
+        lambda: torch.ops.aten._flash_attention_forward(
+            query[:, None], key, value, None, None, 1, length, 0.0, False, False, scale=scale
+        ),
+        return_mode="median",
+    )
+    results.dense_tbps["FlashAttention, bf16, not paged"] = 1e-9 * numbers * key.element_size() / flash
+
+
+def measure_worst(bench: Bench, results: Results) -> None:
+    """Sparse prefill where neighbours share nothing: embeddings that are all noise."""
+    position = min(bench.plan.marks[0], bench.longest)
+    weight = bench.runner.model.model.embed_tokens.weight
+    weight.normal_()
+    bench.use("sparse")
+    prompt, unions = bench.prompt(position), Unions()
+    while prompt.request.num_missing > bench.plan.chunk:
+        prompt.run_chunk()
+    with unions.counted():
+        prompt.run_chunk()
+    prompt.request.num_computed = position - bench.plan.chunk
+    results.worst_prefill_ms, results.worst_union = 1e3 * prompt.run_chunk()[1] / bench.plan.chunk, unions.mean()
+    prompt.close()
 
 
 def weight_bytes(bench: Bench, num_tokens: int) -> float:
@@ -301,6 +366,11 @@ def say(results: Results, plan: Plan) -> list[str]:
         lines.append(f"| {count} | {figure(milliseconds)} | {rate} | {figure(bound)} | {bound / milliseconds:.0%} |")
     lines += [
         "",
+        "many questions about one prompt, sparse / dense: "
+        + ", ".join(f"{ms / results.shared_ms['dense'][at]:.3f} at {at}" for at, ms in results.shared_ms["sparse"].items()),
+        "attention to all keys in decoding: "
+        + ", ".join(f"{name} {rate:.2f} TB/s" for name, rate in results.dense_tbps.items()),
+        f"neighbours that share nothing: {results.worst_union:.0f} distinct keys, {results.worst_prefill_ms:.4f} ms a token",
         "distinct keys of 16 neighbours: " + ", ".join(f"{size:.0f} at {at}" for at, size in results.unions.items()),
         f"prompt of {results.longest} tokens: first token after {results.first_token_seconds:.2f} s "
         f"({results.first_token_floor_seconds / max(results.first_token_seconds, 1e-9):.0%} of the floor of "
@@ -340,6 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.cache_tokens = bench.engine.cache_tokens or 0
     measure_prefill(bench, results)
     measure_decode(bench, results)
+    measure_dense_rate(bench, results)
+    measure_worst(bench, results)
     lines = say(results, plan)
     print("\n".join(lines))
     if options.out is not None:
