@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from openkeye import __version__
 from openkeye.common.checks import InputError
+from openkeye.common.launch import rank
 
 COMMANDS = {
     "ask": "openkeye.apps.ask",
@@ -40,10 +41,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def follow_leader() -> int:
+    """What an engine's command does on every rank but the first (torchrun): the first one reads, writes and serves."""
+    from openkeye.engine.parallel import follow
+
+    follow()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
     try:
+        if getattr(arguments, "has_engine", False) and rank():
+            return follow_leader()
         return arguments.run(arguments)
     except InputError as error:
         print(f"openkeye {arguments.command}: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", type=float, metavar="GIB", help="say what fits a GPU of so many GiB: 80 for an H100, 141 for an H200"
     )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="that share the model (torchrun); with --gpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -44,28 +45,32 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.gpu is not None and not arguments.gpu > 0:
         raise InputError(f"--gpu is {arguments.gpu}; give the GPU's memory in GiB, such as 80")
+    if arguments.gpus < 1 or (arguments.gpus > 1 and arguments.gpu is None):
+        raise InputError(f"--gpus is {arguments.gpus}; give how many share the model, and --gpu with the memory of each")
     if arguments.model == BUNDLED_MODEL or Path(arguments.model).exists():
         folder = resolve_model_dir(arguments.model)
         config = KeyeConfig.load(folder)
-        inventory = take_inventory(config, count_packing_parameters(folder))
+        num_packing = count_packing_parameters(folder)
     else:
         config = published_config(arguments.model)
-        inventory = take_inventory(config, PACKING_PARAMETERS)
+        num_packing = PACKING_PARAMETERS
+    inventory = take_inventory(config, num_packing)
+    of_rank = take_inventory(config, num_packing, arguments.gpus)
     if arguments.json:
         table = _as_json(arguments.model, config, inventory)
         if arguments.gpu is not None:
-            table["gpu"] = [asdict(fit) for fit in _fits(arguments.gpu, config, inventory)]
+            table["gpu"] = [asdict(fit) for fit in _fits(arguments.gpu, config, of_rank)]
         print(json.dumps(table))
     else:
         _print_tables(arguments.model, config, inventory)
         if arguments.gpu is not None:
-            _print_fits(arguments.gpu, config, inventory)
+            _print_fits(arguments.gpu, arguments.gpus, config, of_rank)
     return 0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits a GPU with weights in one format, and caches as the engine keeps them: in bf16."""
+    """What fits a GPU, of those that share a model, with weights in one format and caches as the engine has them: in bf16."""
 
     weights: str
     weight_bytes: int
@@ -83,12 +88,13 @@ def _fits(gibibytes: float, config: "KeyeConfig", inventory: "Inventory") -> lis
     return fits
 
 
-def _print_fits(gibibytes: float, config: "KeyeConfig", inventory: "Inventory") -> None:
+def _print_fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory: "Inventory") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 100)
-    table = Table(title=f"on one GPU of {gibibytes:g} GiB, {WORK_GIB:g} of them kept for work")
+    where = "on one GPU" if num_gpus == 1 else f"on each of {num_gpus} GPUs"
+    table = Table(title=f"{where} of {gibibytes:g} GiB, {WORK_GIB:g} of them kept for work")
     for heading in ("weights", "GiB", "tokens of cache that fit", f"a context of {config.max_position_embeddings:,}"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     for fit in _fits(gibibytes, config, inventory):

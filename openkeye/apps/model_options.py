@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser, attention: tuple[str, ...] = ("sparse", "dense")) -> None:
-    """Which checkpoint, where, with which attention."""
+    """Which checkpoint, where, with which attention; the command makes an engine, which may be one of several ranks."""
+    parser.set_defaults(has_engine=True)
     parser.add_argument("--model", default="openkeye-tiny", metavar="DIR", help="openkeye-tiny or a checkpoint folder")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--attention", choices=attention, default="sparse", help="sparse as trained, or dense")

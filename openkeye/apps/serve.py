@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.common.checks import InputError
+from openkeye.common.launch import num_ranks
 
 if TYPE_CHECKING:
     import socket
 
     from openkeye.apps.http_api.limits import ServerLimits
     from openkeye.apps.http_api.media_rules import MediaRules
+    from openkeye.engine.service import EngineService
+    from openkeye.engine.worker_service import WorkerService
 
 SUMMARY = "serve the model over HTTP: an OpenAI-compatible API, metrics and a page"
 
@@ -56,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; returns 0, or 1 where the engine died and cannot be started any more.
 
-    The engine runs in a process of its own (`WorkerService`); this one answers HTTP, whatever becomes of that.
+    The engine runs in a process of its own (`WorkerService`); this one answers HTTP, whatever becomes of that. Over several
+    ranks it runs here: none of them outlives the others, and only torchrun can start them all again.
 
     Raises:
         InputError: an option makes no sense, a file or the model is missing, or the port is taken.
@@ -64,7 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     from openkeye.apps.http_api.application import make_application
     from openkeye.apps.http_api.keys import read_keys
     from openkeye.apps.http_api.server import listen, run_server
-    from openkeye.engine.worker_service import WorkerService
     from openkeye.inputs.processor import Processor
 
     # What is quick to find out is told before the model is loaded.
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.host, arguments.port)
     processor = Processor.load(arguments.model)
     name = arguments.model_name or processor.model_dir.resolve().name
-    service = WorkerService(partial(engine_from, arguments), max_queue=arguments.max_queue)
+    service = _service(arguments)
     try:
         service.start()
         application = make_application(service, processor, name, rules, limits, keys)
@@ -82,6 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         service.stop()
     return int(service.has_given_up)
+
+
+def _service(arguments: argparse.Namespace) -> "EngineService | WorkerService":
+    """The engine that answers, not started yet."""
+    from openkeye.engine.service import EngineService
+    from openkeye.engine.worker_service import WorkerService
+
+    if num_ranks() > 1:
+        return EngineService(engine_from(arguments), max_queue=arguments.max_queue)
+    return WorkerService(partial(engine_from, arguments), max_queue=arguments.max_queue)
 
 
 def _limits(arguments: argparse.Namespace) -> "ServerLimits":

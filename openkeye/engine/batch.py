@@ -19,6 +19,7 @@ from openkeye.engine.request import Request
 from openkeye.kernels.dispatch import dense_attention, indexer_select, read_keys_and_values, sparse_attention_in_pages
 from openkeye.kernels.layer_caches import LayerCaches
 from openkeye.model.past import CachedIndex, CachedPast
+from openkeye.model.sharding import ALONE, Shard
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Batch:
 
 class PagedPast(CachedPast):
     """The past of a batch: selects per query over its own sequence and attends, both in the pages."""
+
+    shard: Shard = ALONE
+    # whose heads the caches hold
 
     def __init__(
         self,
@@ -148,7 +152,7 @@ class PagedPast(CachedPast):
             return
         if segment.end == segment.request.num_known:
             caches = self.caches(layer_index)
-            segment.request.evidence.add(query_HD, caches.key_SGD, segment.slots_S, picked_K, caches.key_scales_SG)
+            segment.request.evidence.add(query_HD, caches.key_SGD, segment.slots_S, picked_K, caches.key_scales_SG, self.shard)
 
     def _keep_decoded(self, layer_index: int, query_BHD: Tensor, picked_BK: Tensor | None) -> None:
         """The evidence of those singles that are not widened. picked_BK: None where they see all."""
@@ -173,21 +177,27 @@ class PagedPast(CachedPast):
             keys, values = read_keys_and_values(caches, pages_P, segment.start + num_dense, query_THD.dtype)
             outputs.append(dense_attention(query_THD[:num_dense], keys, values, positions[:num_dense], scale))
         if num_dense < segment.count:
-            assert index is not None and caches.index_key_SI is not None
-            indices = indexer_select(
-                index.query_TJI[num_dense:],
-                index.gates_TJ[num_dense:],
-                caches.index_key_SI,
-                self.top_k,
-                positions[num_dense:],
-                key_scales_S=caches.index_scales_S,
-                page_table_P=pages_P,
-                page_size=caches.page_size,
-            )
+            assert index is not None
+            rest = CachedIndex(index.query_TJI[num_dense:], index.gates_TJ[num_dense:])
+            indices = self._select(caches, rest, positions[num_dense:], pages_P)
             outputs.append(sparse_attention_in_pages(query_THD[num_dense:], caches, indices, pages_P, segment.end, scale))
             picked = indices[-1]
         self._keep_evidence(layer_index, segment, query_THD[-1], picked)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:
+        """[T, K] positions of one sequence that its new tokens attend to."""
+        assert caches.index_key_SI is not None
+        return indexer_select(
+            index.query_TJI,
+            index.gates_TJ,
+            caches.index_key_SI,
+            self.top_k,
+            positions_T,
+            key_scales_S=caches.index_scales_S,
+            page_table_P=pages_P,
+            page_size=caches.page_size,
+        )
 
     def _decode(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
         """One token a request, [B, H, D]; those whose `dense_up_to` is more than is picked there attend to all they see."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openkeye.model.sharding import ALONE, Shard
+
 SLAB_KEYS = 8192
 # keys whose products stand in memory at once, in float32
 
@@ -78,6 +80,7 @@ class EvidenceCounts:
         slots_S: Tensor,
         picked_K: Tensor | None,
         key_scales_NG: Tensor | None = None,
+        shard: Shard = ALONE,
     ) -> None:
         """Count one query of one layer.
 
@@ -87,6 +90,7 @@ class EvidenceCounts:
             slots_S: slot in it of every token that the query might see.
             picked_K: positions in the sequence that it attends to, -1 for none; None where it sees all.
             key_scales_NG: of a cache in float8_e4m3fn.
+            shard: of which query and cache have the heads; all its ranks count alike.
         """
         if self._counts is None:
             self._counts = torch.zeros(self.num_prompt + 1, dtype=torch.int32, device=query_HD.device)
@@ -99,7 +103,8 @@ class EvidenceCounts:
         places = torch.where((picked_K < 0) | (picked_K >= self.num_prompt), self.num_prompt, picked_K).long()
         self._counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         slots_K = slots_S[picked_K.clamp_min(0).long()]
-        self._weights.index_add_(0, places, attention_weights(query_HD, key_NGD, slots_K, picked_K >= 0, key_scales_NG))
+        weights_K = attention_weights(query_HD, key_NGD, slots_K, picked_K >= 0, key_scales_NG)
+        self._weights.index_add_(0, places, shard.add(weights_K) / shard.size)
 
     def counts_P(self) -> Tensor:
         """[P] int64 on the CPU: how often each token of the prompt was picked."""

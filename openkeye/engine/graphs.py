@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openkeye.engine.decode import DecodePast, DecodeRows
+from openkeye.engine.decode import DecodeRows
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
+from openkeye.engine.sharded_past import decode_past
 from openkeye.kernels.dispatch import can_attend_in_pages, can_decode_in_pages, decode_scratch
 from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import local_config
 
 FEW_ROWS, ROW_STEP = 8, 4
 # A row that pads reads its experts' weights too: there is a graph for every number of rows up to the first, and then for whole
@@ -72,7 +74,7 @@ class DecodeGraphs:
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_rows
         # which request's list of pages a row of the table holds, and how many of them
         num_picked = model.config.indexer.top_k if attention == "sparse" else max_pages * caches.page_size
-        heads = model.config.num_attention_heads
+        heads = local_config(model.config, model.shard.size).num_attention_heads
         self._scratch = decode_scratch(max_rows, max_pages * caches.page_size, heads, caches.layer(0), num_picked)
         self._graphs: dict[tuple[int, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -125,7 +127,8 @@ class DecodeGraphs:
         def step() -> Tensor:
             table = self._table_BP[:num_rows, :num_pages]
             rows = DecodeRows(numbers[:, 4].contiguous(), table, numbers[:, 5].int())
-            past = DecodePast(rows, self._caches, self._attention, self._model.config.indexer.top_k, self._scratch)
+            top_k = self._model.config.indexer.top_k
+            past = decode_past(self._model.shard, rows, self._caches, self._attention, top_k, self._scratch)
             embeds = self._model.embed(numbers[:, 0], None, None)
             return self._model.logits(self._model(embeds, numbers[:, 1:4].t(), past))
 
@@ -140,14 +143,15 @@ def _capture(step: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGrap
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # NCCL's own thread may ask the device something meanwhile, which is no part of the step.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = step()
     return graph, output
 
 
 def can_capture(model: KeyeModel, caches: PagedCaches, attention: str) -> bool:
     """Whether kernels serve a step's attention: a plain twin waits for the device, and a graph cannot hold that."""
-    config, like = model.config, model.model.embed_tokens.weight
+    config, like = local_config(model.config, model.shard.size), model.model.embed_tokens.weight
     if not like.is_cuda:
         return False
     query = like.new_empty(1, config.num_attention_heads, config.head_dim)

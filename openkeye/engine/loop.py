@@ -19,9 +19,8 @@ from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.evidence import EvidenceCounts
 from openkeye.engine.moments import read_evidence
-from openkeye.engine.pages import with_cache_tokens
+from openkeye.engine.parallel import ModelSettings, open_runner
 from openkeye.engine.request import Request
-from openkeye.engine.runner import Runner
 from openkeye.engine.sampler import sample_batch, token_logprobs
 from openkeye.engine.scheduler import Scheduler
 from openkeye.engine.scores import score_output
@@ -30,7 +29,6 @@ from openkeye.inputs.encode import EncodedPrompt, encode
 from openkeye.inputs.intervals import parse_intervals, widen_intervals
 from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
 from openkeye.inputs.video import Frames, read_video
-from openkeye.model.weights import load_model
 
 OnText = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
@@ -48,7 +46,7 @@ class Engine:
         attention: str = "sparse",
         config: EngineConfig | None = None,
     ) -> None:
-        """Load a checkpoint.
+        """Load a checkpoint; rank 0 of several (torchrun) loads it together with the others, which `parallel.follow`.
 
         Args:
             model: `openkeye-tiny` or a folder in the published layout.
@@ -65,10 +63,8 @@ class Engine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.processor = Processor.load(self.model_dir)
-        config = config or EngineConfig()
-        network = load_model(self.model_dir, self.device, dtype, are_experts_e4m3=config.experts == "e4m3")
-        self.config = with_cache_tokens(config, network.config, self.device, dtype, attention)
-        self.runner = Runner(network, self.config, attention)
+        self.runner = open_runner(ModelSettings(str(self.model_dir), self.device, dtype, attention, config or EngineConfig()))
+        self.config = self.runner.config
         self.scheduler = Scheduler(self.config, self.device)
         self.stop_ids = self._read_stop_ids()
 

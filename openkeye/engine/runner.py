@@ -15,6 +15,7 @@ from openkeye.engine.vision_cache import VisionCache
 from openkeye.inputs.patches import Patches, join_patches
 from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import local_config
 
 
 class Runner:
@@ -30,7 +31,8 @@ class Runner:
                 part.has_fixed_blocks = config.is_batch_invariant
         embeddings = model.model.embed_tokens.weight
         self.device, self.dtype = embeddings.device, embeddings.dtype
-        self.caches = PagedCaches(model.config, config, self.device, self.dtype, has_index=attention == "sparse")
+        local = local_config(model.config, model.shard.size)
+        self.caches = PagedCaches(local, config, self.device, self.dtype, has_index=attention == "sparse")
         self.graphs: DecodeGraphs | None = None
         if config.has_graphs and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
@@ -49,24 +51,45 @@ class Runner:
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
         if self.graphs is not None and self._can_replay(batch):
-            return self.graphs.run([self._step_row(segment) for segment in batch.segments])
+            return self.replay([self._step_row(segment) for segment in batch.segments])
         hidden = self.run_hidden(batch)
         if batch.num_padded and not batch.is_prompt:
             # A product of another shape may round otherwise.
-            return self.model.logits(hidden)[: len(batch.segments)]
+            return self.logits(hidden, torch.arange(hidden.shape[0]))[: len(batch.segments)]
         last = torch.tensor([segment.count for segment in batch.segments]).cumsum(0) - 1
-        return self.model.logits(hidden[last.to(self.device)])
+        return self.logits(hidden, last)
 
     @torch.inference_mode()
     def run_hidden(self, batch: Batch) -> Tensor:
-        """What `KeyeModel.logits` takes, of every new token, [T, hidden]."""
+        """What `logits` takes, of every new token, [T, hidden]."""
         embeds = torch.cat([self._embed(segment) for segment in batch.segments])
         positions = torch.cat([self._positions(segment) for segment in batch.segments], dim=1)
         if batch.num_padded:
             embeds, positions = pad(embeds, (0, 0, 0, batch.num_padded)), pad(positions, (0, batch.num_padded))
+        return self.walk(batch, embeds, positions)
+
+    @torch.inference_mode()
+    def logits(self, hidden_TD: Tensor, rows_N: Tensor) -> Tensor:
+        """[N, V] of some rows (int64, on the host) of what `run_hidden` returned last."""
+        return self.model.logits(hidden_TD[rows_N.to(self.device)])
+
+    def replay(self, rows: list[StepRow]) -> Tensor:
+        """[B, V] of a step of answers under way, from a captured graph."""
+        assert self.graphs is not None
+        return self.graphs.run(rows)
+
+    def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
+        """The decoder's hidden states of a batch, [T, hidden]; positions come on the host."""
+        return self.model(embeds_TD, position_ids_3T.to(self.device), self.past_of(batch))
+
+    def past_of(self, batch: Batch) -> PagedPast:
+        """The past that a batch sees."""
         top_k = self.model.config.indexer.top_k
-        past = PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
-        return self.model(embeds, positions.to(self.device), past)
+        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
+
+    def encode(self, patches: Patches) -> Tensor:
+        """`KeyeModel.encode_patches` of pixels that lie on the device."""
+        return self.model.encode_patches(patches)
 
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""
@@ -126,7 +149,7 @@ class Runner:
             patches = join_patches([request.patches(p).slice_pictures(p.number, p.number + 1) for p in part])
             assert patches is not None
             moved = Patches(patches.pixels.to(self.device, self.dtype), patches.grid_thw)
-            encoded = self.model.encode_patches(moved)
+            encoded = self.encode(moved)
             for picture, feature in zip(part, encoded.split([p.num_tokens for p in part]), strict=True):
                 known[picture.content_hash] = feature
                 self.vision_cache.put(picture.content_hash, feature)

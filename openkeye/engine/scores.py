@@ -46,7 +46,7 @@ def _score_segment(runner: Runner, segment: Segment, hidden_TD: Tensor) -> list[
     logprobs: list[float] = []
     for start in range(first, end, SLAB_ROWS):
         stop = min(start + SLAB_ROWS, end)
-        logits = runner.model.logits(hidden_TD[start - segment.start : stop - segment.start])
+        logits = runner.logits(hidden_TD, torch.arange(start - segment.start, stop - segment.start))
         tokens = torch.tensor(request.output_ids[start - before : stop - before], device=logits.device)
         logprobs += log_probabilities(logits).gather(1, tokens[:, None])[:, 0].tolist()
     return logprobs

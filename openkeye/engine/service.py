@@ -24,6 +24,7 @@ from openkeye.engine.batch import Batch
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
 from openkeye.engine.loop import Engine
+from openkeye.engine.ranks import RanksError
 from openkeye.engine.request import STAGES, Request
 
 __all__ = ["EngineService", "ErrorEvent", "Event", "FinishEvent", "OnEvent", "ServiceStats", "Ticket", "TokenEvent"]
@@ -104,6 +105,11 @@ class EngineService:
     def is_alive(self) -> bool:
         """Whether requests are served: False before the start, after the stop and after the engine thread died."""
         return self._thread.is_alive() and not self._is_stopping and not self._is_closed
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the engine thread died by itself, and with it the service."""
+        return self._is_closed and not self._is_stopping
 
     def submit(
         self,
@@ -280,8 +286,9 @@ class EngineService:
         try:
             batch = scheduler.next_batch()
             finished = self._engine.run_batch(batch)
-        except torch.AcceleratorError:
-            # After an error of the device no call to it succeeds: this process is done with answering.
+        except (torch.AcceleratorError, RanksError):
+            # After an error of the device no call to it succeeds, and ranks that have parted do not meet again: this process is
+            # done with answering.
             raise
         except Exception as error:
             # Whatever it was, the requests of other batches had no part in it.

@@ -8,7 +8,8 @@
 | read_pages | paged_reads.py | only for answering |
 | indexer_select | indexer_select.py | it has none |
 | sparse_attention | sparse_attention.py | sparse_attention_backward.py |
-| decode_in_pages | indexer_decode.py, top_k.py, sparse_decode.py | only for answering |
+| decode_in_pages, scores_in_pages, top_k_positions | indexer_decode.py, top_k.py, sparse_decode.py | only for answering |
+| experts_share | expert_shares.py | only for answering |
 | dense_attention, experts, cross_entropy (on a CPU too) | the files of these names | the same files |
 | apply_rotary (vision), index_scores (`openkeye check`) | plain | plain |
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import cross_entropy as head
-from openkeye.kernels import reference
+from openkeye.kernels import reference, reference_sharding
 from openkeye.kernels.layer_caches import LayerCaches
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 apply_rotary, index_scores, widen = reference.apply_rotary, reference.index_scores, reference.widen
 cross_entropy = head.cross_entropy
+rank_candidates, merge_candidates = reference_sharding.rank_candidates, reference_sharding.merge_candidates
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _operations_told: set[str] = set()
@@ -370,3 +372,54 @@ def experts(
         if serves("experts", alike, True, "tokens and projections of any shape"):
             return fast_experts(*tensors)
     return reference.experts(*tensors, has_fixed_blocks)
+
+
+def experts_share(
+    x_TD: Tensor,
+    gate_up_EDF: Tensor,
+    down_EFD: Tensor,
+    weights_TK: Tensor,
+    expert_ids_TK: Tensor,
+    first_expert: int,
+    gate_up_scale_EF: Tensor | None = None,
+    down_scale_ED: Tensor | None = None,
+    has_fixed_blocks: bool = False,
+) -> Tensor:
+    """See `reference_sharding.experts_share`."""
+    tensors = (x_TD, gate_up_EDF, down_EFD, weights_TK, expert_ids_TK)
+    scales = (gate_up_scale_EF, down_scale_ED)
+    if can_be_fast(x_TD):
+        from openkeye.kernels.expert_shares import experts_share as fast_share
+
+        alike = (x_TD, gate_up_EDF, down_EFD) if gate_up_scale_EF is None else (x_TD,)
+        if serves("experts_share", alike, True, "tokens and projections of any shape"):
+            return fast_share(*tensors, first_expert, *scales)
+    return reference_sharding.experts_share(*tensors, first_expert, *scales, has_fixed_blocks)
+
+
+def scores_in_pages(
+    index_query_BJI: Tensor, gates_BJ: Tensor, caches: LayerCaches, page_table_BP: Tensor, lengths_B: Tensor
+) -> Tensor:
+    """See `reference.indexer_decode`: [B, P * page_size]."""
+    assert caches.index_key_SI is not None
+    num_columns = page_table_BP.shape[1] * caches.page_size
+    tensors = (index_query_BJI, gates_BJ, caches.index_key_SI, page_table_BP, lengths_B, num_columns, caches.index_scales_S)
+    if can_be_fast(gates_BJ):
+        from openkeye.kernels import indexer_decode as fast
+
+        num_requests, num_heads, width = index_query_BJI.shape
+        is_served = width in fast.WIDTHS and num_heads <= fast.MAX_HEADS and num_requests <= fast.MAX_REQUESTS
+        served = f"an indexer of one of {fast.WIDTHS}, pages of a multiple of 16 tokens"
+        if serves("scores_in_pages", (gates_BJ,), is_served and caches.page_size % 16 == 0, served):
+            return fast.indexer_decode(*tensors, page_size=caches.page_size)
+    return reference.indexer_decode(*tensors, page_size=caches.page_size)
+
+
+def top_k_positions(scores_TS: Tensor, k: int, num_valid_T: Tensor) -> Tensor:
+    """See `reference.top_k_positions`."""
+    if scores_TS.is_cuda and scores_TS.dtype == torch.float32:
+        from openkeye.kernels import top_k as fast
+
+        if k <= fast.MAX_K:
+            return fast.top_k_positions(scores_TS, k, num_valid_T)
+    return reference.top_k_positions(scores_TS, k, num_valid_T)

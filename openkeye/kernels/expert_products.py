@@ -411,8 +411,11 @@ def _add_picks(
     sum_N = tl.zeros([BLOCK], tl.float32)
     for pick in tl.static_range(PICKED):
         place = token * PICKED + pick
-        part_N = tl.load(picks + place * WIDTH + column_N, mask=is_column_N, other=0.0).to(tl.float32)
         if IS_WEIGHTED:
-            part_N *= tl.load(weights + place).to(tl.float32)
-        sum_N += part_N
+            # A pick that weighs nothing may be another rank's, which nobody wrote here.
+            weight = tl.load(weights + place).to(tl.float32)
+            is_read_N = is_column_N & (weight + tl.zeros([BLOCK], tl.float32) != 0.0)
+            sum_N += tl.load(picks + place * WIDTH + column_N, mask=is_read_N, other=0.0).to(tl.float32) * weight
+        else:
+            sum_N += tl.load(picks + place * WIDTH + column_N, mask=is_column_N, other=0.0).to(tl.float32)
     tl.store(output + token * WIDTH + column_N, sum_N.to(output.dtype.element_ty), mask=is_column_N)

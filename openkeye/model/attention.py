@@ -11,6 +11,7 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.indexer import Indexer
 from openkeye.model.norm import RmsNorm
 from openkeye.model.past import CachedIndex, CachedPast, IndexerOutput
+from openkeye.model.sharding import ALONE
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Attention(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.shard = ALONE
         width, num_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, num_kv, bias=False)
@@ -100,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, attended_THD: Tensor) -> Tensor:
         """What attention gathered, back to the residual stream: [T, H, D] -> [T, hidden]."""
-        return self.o_proj(attended_THD.flatten(1))
+        return self.shard.add(self.o_proj(attended_THD.flatten(1)))
 
     def _projections(self) -> list[nn.Linear]:
         """In the order of their rows in the joint weight: the indexer's last, so that dense attention leaves them out."""

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import experts, route
+from openkeye.kernels.dispatch import experts, experts_share, route
 from openkeye.model.config import KeyeConfig
+from openkeye.model.sharding import ALONE
 
 
 class Experts(nn.Module):
@@ -34,6 +35,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.has_fixed_blocks = False
         # see `reference.experts`; answers that must not depend on their company set it
+        self.shard = ALONE
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
@@ -45,5 +47,8 @@ class MixtureOfExperts(nn.Module):
             self.router_logits = logits
         picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
         own = self.experts
-        scales = (own.gate_up_scale, own.down_scale)
-        return experts(x_TD, own.gate_up_proj, own.down_proj, *picks, *scales, self.has_fixed_blocks)
+        tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
+        if self.shard.size == 1:
+            return experts(*tensors, *scales, self.has_fixed_blocks)
+        first_expert = self.shard.part(logits.shape[1]).start
+        return self.shard.add(experts_share(*tensors, first_expert, *scales, self.has_fixed_blocks))

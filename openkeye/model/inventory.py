@@ -9,6 +9,7 @@ import torch
 
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import Shard, local_config, shard_model
 
 BFLOAT16_BYTES = 2
 FP8_SCALE_BYTES = 4
@@ -79,15 +80,20 @@ PART_MARKS = (
 INACTIVE_FOR_TEXT = ("vision tower", "projector")
 
 
-def take_inventory(config: KeyeConfig, num_packing_parameters: int) -> Inventory:
-    """Count everything of a configuration.
+def take_inventory(config: KeyeConfig, num_packing_parameters: int, num_ranks: int = 1) -> Inventory:
+    """Count everything of a configuration, or of what one rank of several holds of it.
 
     Args:
         config: the network.
         num_packing_parameters: elements of the packing table, which the checkpoint carries and no computation reads; 0: none.
+        num_ranks: that share the model; `num_active` is then the part of one of them too.
+
+    Raises:
+        InputError: so many cannot share it.
     """
     with torch.device("meta"):
         model = KeyeModel(config)
+    shard_model(model, config, Shard(0, num_ranks))
     sizes: dict[str, list[int]] = {name: [] for name, _ in PART_MARKS}
     for name, parameter in model.named_parameters():
         part = next(part for part, mark in PART_MARKS if mark in name)
@@ -102,13 +108,14 @@ def take_inventory(config: KeyeConfig, num_packing_parameters: int) -> Inventory
         if part == "vision tower" and num_packing_parameters:
             parts.append(Part("packing table (unused)", num_packing_parameters, 1, 0))
     layers, index_width = config.num_hidden_layers, config.indexer.head_dim
+    num_groups = local_config(config, num_ranks).num_key_value_heads
     return Inventory(
         parts=tuple(parts),
-        kv_bytes_per_token=layers * 2 * config.num_key_value_heads * config.head_dim * BFLOAT16_BYTES,
+        kv_bytes_per_token=layers * 2 * num_groups * config.head_dim * BFLOAT16_BYTES,
         index_bytes_per_token=layers * (index_width + FP8_SCALE_BYTES),
         index_bytes_per_token_bf16=layers * index_width * BFLOAT16_BYTES,
         expert_scale_bytes=layers
-        * config.num_experts
+        * (config.num_experts // num_ranks)
         * (2 * config.moe_intermediate_size + config.hidden_size)
         * FP8_SCALE_BYTES,
     )

@@ -12,6 +12,7 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.decoder import Decoder
 from openkeye.model.past import CachedPast, Past
 from openkeye.model.projector import Projector
+from openkeye.model.sharding import ALONE
 from openkeye.model.vision import VisionTower, same_size_runs
 
 
@@ -21,6 +22,8 @@ class KeyeModel(nn.Module):
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.config = config
+        self.shard = ALONE
+        # of which the parameters are (`sharding.shard_model`); the configuration is that of the whole
         self.kept_tensors: tuple[Any, ...] = ()
         # tensors of the checkpoint's files that no computation uses (`weights.KeptTensor`)
         self.model = Decoder(config)
@@ -77,5 +80,8 @@ class KeyeModel(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, hidden] -> [T, vocabulary]."""
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return nn.functional.linear(hidden_TD, weight)
+        if self.config.tie_word_embeddings:
+            weight = self.model.embed_tokens.weight[self.shard.part(self.config.vocab_size)]
+        else:
+            weight = self.lm_head.weight
+        return self.shard.gather_columns(nn.functional.linear(hidden_TD, weight))

@@ -23,6 +23,7 @@ from openkeye.common.checks import InputError
 from openkeye.kernels.dispatch import quantize_expert_weights
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
+from openkeye.model.sharding import ALONE, Shard, own_part, shard_model
 
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
 POOLING_HEAD = "visual.vision_model.head."
@@ -54,9 +55,11 @@ class _Intake:
 
     config: KeyeConfig
     wanted: dict[str, tuple[int, ...]]
+    # shapes of the whole tensors
     device: torch.device | str
     dtype: torch.dtype | None
     are_experts_e4m3: bool
+    shard: Shard
     filled: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     # of experts in e4m3
@@ -85,7 +88,10 @@ class _Intake:
             # The shape is read from the header, so that a wrong tensor is never moved to the device.
             shape = tuple(file.get_slice(name).get_shape())
             if shape == self.wanted[name]:
-                self._fill(name, file.get_tensor(name).to(self.device, self.dtype))
+                part = own_part(name, self.config, self.shard)
+                tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
+                # A slice of columns comes as a view of the file's pages.
+                self._fill(name, tensor.contiguous().to(self.device, self.dtype))
             else:
                 self._misshapen(name, shape, self.wanted[name])
 
@@ -102,12 +108,18 @@ class _Intake:
             self._misshapen(name, shape, expected)
         elif expert in by_expert:
             self.problems["twice"].append(name)
-        else:
+        elif expert in self._own_experts:
             by_expert[expert] = file.get_tensor(name).to(self.device, self.dtype)
             # As soon as a layer's experts are whole, so that they never stand beside each other in two layouts and formats.
             fused = next(fused for fused, parts in FUSED.items() if part in parts)
-            if all(len(self.unfused[f"{match['prefix']}.{one}"]) == self.config.num_experts for one in FUSED[fused]):
+            if all(len(self.unfused[f"{match['prefix']}.{one}"]) == len(self._own_experts) for one in FUSED[fused]):
                 self._stack(match["prefix"], fused)
+
+    @property
+    def _own_experts(self) -> range:
+        """Experts of this rank; those of other ranks are not read."""
+        part = self.shard.part(self.config.num_experts)
+        return range(part.start, part.stop)
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         if self.are_experts_e4m3 and ".mlp.experts." in name:
@@ -118,10 +130,7 @@ class _Intake:
     def _stack(self, prefix: str, name: str) -> None:
         """Per-expert [out, in] matrices, all there, become the fused, input-major tensor."""
         fused = f"{prefix}.{name}"
-        stacks = [
-            torch.stack([self.unfused[f"{prefix}.{part}"].pop(one) for one in range(self.config.num_experts)])
-            for part in FUSED[name]
-        ]
+        stacks = [torch.stack([self.unfused[f"{prefix}.{part}"].pop(one) for one in self._own_experts]) for part in FUSED[name]]
         if fused in self.filled:
             self.problems["twice"].append(fused)
         else:
@@ -134,7 +143,7 @@ class _Intake:
 
     def tell_incomplete(self) -> None:
         """Per-expert matrices that are still here miss some of their layer's, or their layer was there already."""
-        everyone = range(self.config.num_experts)
+        everyone = self._own_experts
         for prefix in sorted({key.rpartition(".")[0] for key in self.unfused}):
             for name, parts in FUSED.items():
                 fused = f"{prefix}.{name}"
@@ -174,6 +183,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     are_experts_e4m3: bool = False,
+    shard: Shard = ALONE,
 ) -> KeyeModel:
     """Read a checkpoint folder.
 
@@ -183,16 +193,19 @@ def load_model(
         dtype: of every weight; None keeps each tensor's own.
         are_experts_e4m3: the experts' weights, nineteen of twenty, are rounded to e4m3 with one scale an output column as they
             come in: half the bytes, for answering only.
+        shard: the rank whose parts are read, and no others; the published layout is the same for any number of ranks.
 
     Raises:
-        InputError: a file is missing or unreadable, or names or shapes differ from what config.json asks for; all are listed.
+        InputError: a file is missing or unreadable, or names or shapes differ from what config.json asks for; all are listed;
+            or the ranks cannot share this model.
     """
     folder = Path(model_dir)
     config = KeyeConfig.load(folder)
     with torch.device("meta"):
         model = KeyeModel(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    intake = _Intake(config, wanted, device, dtype, are_experts_e4m3)
+    shard_model(model, config, shard)
+    intake = _Intake(config, wanted, device, dtype, are_experts_e4m3, shard)
     for path, promised in _weight_files(folder):
         with _open_weights(path) as file:
             present = set(file.keys())
@@ -273,8 +286,10 @@ def save_model(model: KeyeModel, model_dir: str | Path, shard_bytes: int = SHARD
     Files are written beside the old ones and then renamed, so that saving over the folder a model came from is safe.
 
     Raises:
-        ValueError: experts in e4m3, whose scales the published layout has no place for.
+        ValueError: experts in e4m3, whose scales the published layout has no place for, or one rank's part of a model.
     """
+    if model.shard.size > 1:
+        raise ValueError("one rank's part of a model cannot be saved; load the checkpoint without shard")
     if any(parameter.dtype == torch.float8_e4m3fn for parameter in model.parameters()):
         raise ValueError("experts in e4m3 are for answering and cannot be saved; load the checkpoint without are_experts_e4m3")
     folder = Path(model_dir)

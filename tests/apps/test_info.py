@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from openkeye.apps import info
 from openkeye.common.checks import InputError
 from openkeye.model.inventory import take_inventory
+from openkeye.model.sharding import Shard
 from openkeye.model.weights import load_model
 from tests.model.naive_keye import make_config, make_weights, write_checkpoint
 
@@ -72,9 +73,9 @@ def test_the_bundled_model_is_known_by_name(capsys):
 
 def test_an_unknown_name_is_told(tmp_path):
     with pytest.raises(InputError, match=r"keye-vl-9: no such published model; known are keye-vl-2\.0-30b-a3b"):
-        info.run(argparse.Namespace(model="keye-vl-9", json=False, gpu=None))
+        info.run(argparse.Namespace(model="keye-vl-9", json=False, gpu=None, gpus=1))
     with pytest.raises(InputError, match=r"config\.json"):
-        info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None))
+        info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None, gpus=1))
 
 
 @pytest.mark.parametrize(("gibibytes", "fits"), [(80, [False, True]), (141, [True, True]), (24, [False, False])])
@@ -86,6 +87,32 @@ def test_what_fits_a_gpu(capsys, gibibytes, fits):
         used = row["weight_bytes"] + row["cache_tokens"] * row["cache_bytes_per_token"]
         assert used <= max(gibibytes * 2**30, row["weight_bytes"])
     assert shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", gibibytes).count("does not fit") == fits.count(False)
+
+
+def test_what_fits_each_of_several_gpus(capsys):
+    alone, *shared = (
+        json.loads(shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", 80, "--gpus", number, "--json"))["gpu"][0]
+        for number in (1, 2, 4)
+    )
+    for number, row in zip((2, 4), shared, strict=True):
+        assert alone["weight_bytes"] / number < row["weight_bytes"] < alone["weight_bytes"] / number + 2 * 2**30
+        assert row["cache_bytes_per_token"] == 98_304 // number + 6_144 and row["fits_whole_context"]
+    assert "on each of 4 GPUs of 80 GiB" in shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", 80, "--gpus", 4)
+    with pytest.raises(InputError, match="3 ranks cannot share this model"):
+        shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", 80, "--gpus", 3)
+    for words in (("--gpus", 2), ("--gpu", 80, "--gpus", 0)):
+        with pytest.raises(InputError, match=r"--gpus is \d; give how many share the model"):
+            shown(capsys, "openkeye-tiny", *words)
+
+
+@pytest.mark.parametrize("are_experts_e4m3", [False, True])
+def test_the_bytes_of_a_rank_are_those_that_it_loads(tmp_path, are_experts_e4m3):
+    config = make_config(num_attention_heads=8, num_key_value_heads=4, num_experts=8)
+    folder = write_checkpoint(tmp_path / "m", config, make_weights(config))
+    model = load_model(folder, dtype=torch.bfloat16, are_experts_e4m3=are_experts_e4m3, shard=Shard(3, 4))
+    loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *(b for b in model.buffers() if b.dtype == torch.float32)))
+    inventory = take_inventory(model.config, 0, 4)
+    assert loaded == (inventory.weight_bytes_e4m3 if are_experts_e4m3 else inventory.weight_bytes)
 
 
 def test_a_gpu_without_memory_is_refused(capsys):
