@@ -6,7 +6,6 @@ A prompt whose video is still being decoded runs as far as its frames have come,
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ class Scheduler:
         # by id(request): [pages * page_size] int64 cache slots of its tokens
         self.on_news: Callable[[], None] = lambda: None
         # called when something may be due again, on the thread that decoded it
-        self._decoders = ThreadPoolExecutor(config.num_decoders, "openkeye-decode")
         self._news = threading.Event()
         # whether something may be due: cleared by the batch that was not
 
@@ -80,6 +78,7 @@ class Scheduler:
             if count:
                 segments.append(self._segment(request, count))
                 room -= count
+        self._start_decoders()
         if not segments:
             assert self.running, "a request that fits the empty pages is always admitted"
             return None
@@ -139,12 +138,21 @@ class Scheduler:
             request.num_cached = request.num_computed
         request.num_promised_pages = wanted
         self._give(request, pages)
-        first = request.first_picture_from(request.num_computed)
-        request.media.start(self._decoders, first, self.config.decode_ahead_bytes, self._ring)
+        request.media.rewind(request.first_picture_from(request.num_computed))
         if request.media.is_complete:
             self._take_promised(request, wanted)
         self.running.append(self.waiting.popleft())
         return request
+
+    def _start_decoders(self) -> None:
+        """Begin to decode for running requests, the oldest first, a few at a time.
+
+        Only those that run: what they decode is also read, so that none waits for a decoder that waits for it.
+        """
+        num_free = self.config.num_decoders - sum(request.media.is_decoding for request in self.running)
+        startable = [request for request in self.running if request.media.is_startable]
+        for request in startable[: max(num_free, 0)]:
+            request.media.start(self.config.decode_ahead_bytes, self._ring)
 
     def _num_due(self, request: Request) -> int:
         """How many of its tokens a running request computes next, as far as there is room.

@@ -208,12 +208,9 @@ class EngineService:
     # On the encoding threads.
 
     def _encode(self, ticket: Ticket, messages: Sequence[Message]) -> Request:
-        def check(_num_done: int, _num_frames: int) -> None:
-            if ticket.is_settled or ticket.is_cancelled:
-                raise Abandoned
-
-        check(0, 0)
-        return self._engine.prepare(messages, ticket.sampling, on_decoded=check)
+        if ticket.is_settled or ticket.is_cancelled:
+            raise Abandoned
+        return self._engine.prepare(messages, ticket.sampling)
 
     def _take_encoded(self, ticket: Ticket, future: "Future[Request]") -> None:
         """Hand an encoding's outcome to the engine thread, whatever it is."""

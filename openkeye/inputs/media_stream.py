@@ -8,7 +8,6 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
 from contextlib import closing
 from itertools import accumulate
 
@@ -43,9 +42,12 @@ class MediaStream:
         self._held_bytes = self._max_held_bytes = 0
         self._next = self._next_to_decode(0)
         self._first_needed = 0
-        self._stop = threading.Event()
-        # of the decoding under way
-        self._decoding: Future[None] | None = None
+        self._stop: threading.Event | None = None
+        # of the decoding under way, or of the last one until the next `rewind`
+        self.is_decoding = False
+        # whether a thread is at work on it, waiting included
+        self.error: BaseException | None = None
+        # what ended the decoding before its time
 
     @property
     def num_arrived(self) -> int:
@@ -68,10 +70,9 @@ class MediaStream:
         return self._held_bytes
 
     @property
-    def error(self) -> BaseException | None:
-        """What ended the decoding before its time."""
-        decoding = self._decoding
-        return decoding.exception() if decoding is not None and decoding.done() and not decoding.cancelled() else None
+    def is_startable(self) -> bool:
+        """Whether something is to be decoded and nobody has begun."""
+        return self._stop is None and not self.is_complete
 
     @property
     def notes(self) -> list[str]:
@@ -87,18 +88,22 @@ class MediaStream:
             return self._held[number]
         return item.pixels[number - self._firsts[place]] if isinstance(item, Frames) else item
 
-    def start(self, decoders: Executor, first: int, max_held_bytes: int, on_change: Callable[[], None]) -> None:
-        """Decode from picture `first` on, again if need be; nothing happens where all that is left is at hand.
+    def rewind(self, first: int) -> None:
+        """Let the next `start` decode from picture `first` on, whatever was decoded before."""
+        assert not self.is_decoding, "close before"
+        self._next, self._first_needed, self._stop = self._next_to_decode(first), first, None
+
+    def start(self, max_held_bytes: int, on_change: Callable[[], None]) -> None:
+        """Decode on a new thread.
 
         max_held_bytes: at which decoding waits until something is released. on_change: called on the decoding thread after each
         picture and at the end.
         """
-        assert self._decoding is None or self._stop.is_set(), "close before another start"
-        self._stop, self._decoding = threading.Event(), None
-        self._next, self._first_needed, self._max_held_bytes = self._next_to_decode(first), first, max_held_bytes
-        if not self.is_complete:
-            self._decoding = decoders.submit(self._decode, self._next, self._stop, on_change)
-            self._decoding.add_done_callback(lambda _: on_change())
+        assert self.is_startable
+        self._max_held_bytes, self._stop, self.is_decoding = max_held_bytes, threading.Event(), True
+        arguments = (self._next, self._stop, on_change)
+        # A daemon: no interpreter that ends waits for pictures that nobody will release.
+        threading.Thread(target=self._run, args=arguments, name="openkeye-decode", daemon=True).start()
 
     def release(self, before: int) -> None:
         """Pictures before this number are needed no more."""
@@ -109,14 +114,14 @@ class MediaStream:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the decoding within a packet's time and drop what it made; `start` may begin it anew."""
+        """End the decoding within a packet's time and drop what it made; `rewind` and `start` may begin it anew."""
         with self._changed:
-            self._stop.set()
+            if self._stop is not None:
+                self._stop.set()
+            self.is_decoding = False
             self._held.clear()
             self._held_bytes = 0
             self._changed.notify_all()
-        if self._decoding is not None:
-            self._decoding.cancel()
 
     def _next_to_decode(self, number: int) -> int:
         """The first picture from this number on that is not at hand."""
@@ -126,6 +131,22 @@ class MediaStream:
         return len(self.hashes)
 
     # On the decoding thread.
+
+    def _run(self, first: int, stop: threading.Event, on_change: Callable[[], None]) -> None:
+        error: BaseException | None = None
+        try:
+            self._decode(first, stop, on_change)
+        except InputError as reason:
+            error = reason
+        except BaseException as reason:
+            # Its owner has to know; the thread ends as threads do, with a traceback.
+            error = reason
+            raise
+        finally:
+            with self._changed:
+                if not stop.is_set():
+                    self.error, self.is_decoding = error, False
+            on_change()
 
     def _decode(self, first: int, stop: threading.Event, on_change: Callable[[], None]) -> None:
         """All videos that reach to picture `first`, each from its beginning, so that damaged ones decode as they did before."""

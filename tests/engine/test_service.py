@@ -164,7 +164,6 @@ class SlowDecoding:
                 self.has_begun.set()
                 assert self.may_go_on.wait(60)
                 self.num_ended += 1
-                on_decoded(num_done, num_frames)
 
             return prepare(engine, messages, sampling, report)
 
