@@ -1,113 +1,17 @@
 """An hour of video on a CPU: time to the first token beside the decoder alone, and the memory of the full token budget.
 
     python -m benchmarks.video [--threads 2] [--minutes 60] [--gop 250] [--repeats 1]
-    python -m benchmarks.video --memory [--minutes 60] [--attention sparse]
+    python -m benchmarks.video --memory [--minutes 60]
 
 The first takes a 720p H.264 file and the bundled model as it is: (a) the library's own loop over the sampled frames, resizing
-included and nothing else; (b) a question from its messages to the first token: reading the packets, decoding, encoding, prefill.
+included and nothing else; (b) a question from its messages to the first token: reading packets, decoding, encoding, prefill.
 The goal is (b) <= 1.3 (a). The second takes a 1080p file, the published token budget (184,320) and the bundled model's weights,
 and prints the peak of resident memory above the start: weights and key-value pages are in memory before, encoded pictures that
 are kept for the next question are told apart. Files are made once, in runs/video.
 """
 
 import argparse
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
-
-import openkeye
-from benchmarks.hour_video import long_video
-from openkeye.engine.config import EngineConfig, SamplingParameters
-from openkeye.engine.loop import Engine
-from openkeye.inputs.sampling import VideoLimits
-from openkeye.inputs.video import iterate_frames, request_video
-from openkeye.inputs.video_scan import scan_video
-
-FOLDER = Path("runs/video")
-DEMO = Path(openkeye.__file__).parent / "media" / "demo.mp4"
-QUESTION = "When is the red circle visible?"
-FIRST_TOKEN = SamplingParameters(max_new_tokens=1)
-GOAL = 1.3
-MEBIBYTE = 2**20
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds on the wall and of this process on all cores."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> "Clock":
-        return cls(time.monotonic(), time.process_time())
-
-    def since(self, start: "Clock") -> "Clock":
-        return Clock(self.wall - start.wall, self.cpu - start.cpu)
-
-    def __str__(self) -> str:
-        return f"{self.wall:7.1f} s   {self.cpu:7.1f} s of cores"
-
-
-def decode_alone(path: Path, limits: VideoLimits) -> tuple[Clock, Clock, int]:
-    """Reading the packets; decoding the sampled frames; how many they are."""
-    start = Clock.now()
-    request = request_video(scan_video(path), limits)
-    scanned = Clock.now()
-    num_frames = sum(1 for _ in iterate_frames(request, request.plan.height, request.plan.width))
-    return scanned.since(start), Clock.now().since(scanned), num_frames
-
-
-def first_token(arguments: argparse.Namespace) -> None:
-    """The mark: both ways one after the other, as often as asked."""
-    path = long_video(FOLDER, 720, 1280, arguments.minutes, gop=arguments.gop)
-    # No features are kept: the file repeats its minute, and no picture may be spared for it.
-    engine = Engine(device="cpu", config=EngineConfig(vision_cache_bytes=1))
-    engine.ask(DEMO, QUESTION)
-    print(f"{path.name}, {path.stat().st_size / 1e6:.0f} MB, torch {torch.get_num_threads()} threads", flush=True)
-    ratios = []
-    for _ in range(arguments.repeats):
-        scanned, decoded, num_frames = decode_alone(path, engine.processor.video_limits)
-        start = Clock.now()
-        answer = engine.ask(path, QUESTION, sampling=FIRST_TOKEN)
-        asked = Clock.now().since(start)
-        ratios.append(asked.wall / decoded.wall)
-        print(f"  packets alone            {scanned}")
-        print(f"  decoder alone            {decoded}   {num_frames} frames")
-        print(f"  question to first token  {asked}   {answer.num_prompt_tokens} tokens, ratio {ratios[-1]:.2f}")
-        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in answer.stage_seconds.items())
-        print(f"    of which (side by side) {stages}", flush=True)
-    print(f"ratio to the decoder alone: {min(ratios):.2f} to {max(ratios):.2f}, goal <= {GOAL}")
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest since `clear_refs`)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def memory(arguments: argparse.Namespace) -> None:
-    """Peak memory of the full budget."""
-    path = long_video(FOLDER, 1080, 1920, arguments.minutes)
-    engine = Engine(device="cpu", attention=arguments.attention, config=EngineConfig(cache_tokens=262_144))
-    engine.processor = replace(engine.processor, video_limits=VideoLimits(), max_tokens=262_144)
-    caches = engine.runner.caches
-    pages = [caches.keys, caches.values, caches.index_keys]
-    for cache in pages:
-        cache.zero_()
-    engine.ask(DEMO, QUESTION, fps=1)
-    engine.runner.vision_cache.clear()
-    Path("/proc/self/clear_refs").write_text("5")
-    start, clock = resident_bytes("VmRSS"), Clock.now()
-    answer = engine.ask(path, QUESTION, sampling=FIRST_TOKEN)
-    asked, peak = Clock.now().since(clock), resident_bytes("VmHWM")
-    kept = engine.runner.vision_cache.num_bytes
-    print(f"{path.name}: {answer.num_frames} frames, {answer.num_prompt_tokens} tokens, {asked}")
-    print(f"  at the start {start / MEBIBYTE:.0f} MiB, of which pages {sum(cache.nbytes for cache in pages) / MEBIBYTE:.0f} MiB")
-    print(f"  peak above it {(peak - start) / MEBIBYTE:.0f} MiB, of which encoded pictures kept {kept / MEBIBYTE:.0f} MiB")
-    print(f"  above weights and caches {(peak - start - kept) / MEBIBYTE:.0f} MiB")
+import os
 
 
 def main() -> None:
@@ -115,13 +19,21 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory of the full token budget instead of the time")
     parser.add_argument("--minutes", type=int, default=60, help="of video")
     parser.add_argument("--gop", type=int, default=250, help="frames between keyframes")
-    parser.add_argument("--threads", type=int, default=None, help="of torch (default: its own choice)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; the decoder takes as many as there are cores")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--attention", choices=("sparse", "dense"), default="sparse", help="with --memory")
     arguments = parser.parse_args()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    (memory if arguments.memory else first_token)(arguments)
+    # As the command line does it, before torch is loaded: see `openkeye/apps/commands.py`.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    import torch
+
+    from benchmarks.video_measures import first_token, memory
+
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        memory(arguments.minutes)
+    else:
+        first_token(arguments.minutes, arguments.gop, arguments.repeats)
 
 
 if __name__ == "__main__":

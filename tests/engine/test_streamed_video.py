@@ -1,4 +1,4 @@
-"""Videos that are decoded while their prompt is read: answers as from decoded frames, few frames in memory, nobody disturbed."""
+"""Videos decoded while their prompt is read: answers as from decoded frames, few frames in memory, nobody disturbed."""
 
 import threading
 import time
@@ -255,7 +255,8 @@ def test_a_preempted_prompt_decodes_its_video_again(other_clip):
         roomy = Engine()
         expected = Recorded(roomy, messages, sampling)
         run_until_done(roomy)
-        entry.is_like(expected)
+        assert entry.tokens == expected.tokens
+        torch.testing.assert_close(entry.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
     assert all_pages_are_accounted_for(engine)
     no_decoder_is_left()
 
