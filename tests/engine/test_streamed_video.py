@@ -97,7 +97,7 @@ def test_streamed_logits_are_those_of_decoded_frames_to_the_bit(clip):
     "options",
     [
         {"prefill_chunk_tokens": 37, "vision_slice_pictures": 3, "decode_ahead_bytes": 5 * PIXEL_BYTES},
-        {"prefill_chunk_tokens": 7, "vision_slice_pictures": 1, "decode_ahead_bytes": 1},
+        {"prefill_chunk_tokens": 21, "vision_slice_pictures": 1, "decode_ahead_bytes": 1},
         {"prefill_chunk_tokens": 500, "vision_slice_pictures": 7, "page_size": 16, "vision_cache_bytes": 1},
     ],
 )
