@@ -159,13 +159,15 @@ class Scheduler:
 
         While its frames are still coming it waits until they make a whole chunk, or for as many as may wait.
         """
+        # Asked first: what fills the store is among what has arrived then.
+        is_full = request.media.is_full
         request.take_arrived()
         if not request.is_prefilled:
             self._name_pages(request)
             self._reuse_pages(request)
-            request.media.release(request.first_picture_from(request.num_computed))
+        is_full &= request.media.release(request.first_picture_from(request.num_computed))
         num_ready = max(request.num_ready - request.num_computed, 0)
-        is_enough = num_ready >= min(self.config.prefill_chunk_tokens, request.num_missing) or request.media.is_full
+        is_enough = is_full or num_ready >= min(self.config.prefill_chunk_tokens, request.num_missing)
         return num_ready if is_enough else 0
 
     def _name_pages(self, request: Request) -> None:

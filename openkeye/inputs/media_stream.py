@@ -105,13 +105,14 @@ class MediaStream:
         # A daemon: no interpreter that ends waits for pictures that nobody will release.
         threading.Thread(target=self._run, args=arguments, name="openkeye-decode", daemon=True).start()
 
-    def release(self, before: int) -> None:
-        """Pictures before this number are needed no more."""
+    def release(self, before: int) -> bool:
+        """Pictures before this number are needed no more. Returns whether decoding still waits for room."""
         with self._changed:
             for number in [number for number in self._held if number < before]:
                 self._held_bytes -= self._held.pop(number).nbytes
             self._first_needed = max(self._first_needed, before)
             self._changed.notify_all()
+            return self.is_full
 
     def close(self) -> None:
         """End the decoding within a packet's time and drop what it made; `rewind` and `start` may begin it anew."""
