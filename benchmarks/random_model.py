@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from openkeye.engine import batch
-from openkeye.inputs.encode import EncodedPrompt
 from openkeye.inputs.model_input import ModelInput
+from openkeye.inputs.prompt import Prompt
 from openkeye.kernels.dispatch import quantize_expert_weights
 from openkeye.kernels.unions import TILE
 from openkeye.model.config import KeyeConfig
@@ -94,10 +94,10 @@ def topical_ids(num_tokens: int, vocabulary: int, seed: int = 0) -> Tensor:
     return topics.repeat_interleave(RUN)[:num_tokens] * TOPIC_TOKENS + within
 
 
-def text_prompt(ids_T: Tensor) -> EncodedPrompt:
+def text_prompt(ids_T: Tensor) -> Prompt:
     """Tokens as text."""
     positions = torch.arange(ids_T.shape[0]).expand(3, -1).contiguous()
-    return EncodedPrompt(ModelInput(ids_T, positions), "", [], ())
+    return Prompt(ModelInput(ids_T, positions), "", (), ())
 
 
 class Unions:

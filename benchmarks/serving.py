@@ -125,7 +125,7 @@ class Bench:
         return time.perf_counter() - start
 
     def request(self, ids_T: Tensor) -> Request:
-        return Request(text_prompt(ids_T), GREEDY, frozenset(), -1, -1, 2)
+        return Request(text_prompt(ids_T), GREEDY, frozenset())
 
     def prompt(self, num_tokens: int) -> "Prompt":
         return Prompt(self, num_tokens)

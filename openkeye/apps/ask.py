@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from openkeye.inputs.video_scan import scan_video
 
     # A file that is no video is told before the checkpoint is loaded.
-    scan_video(Path(arguments.video))
+    scan = scan_video(Path(arguments.video))
     sampling = sampling_from(arguments)
     engine = engine_from(arguments)
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with StageProgress(is_shown=not arguments.json) as progress:
         answer = engine.ask(
-            arguments.video,
+            scan,
             arguments.question,
             fps=arguments.fps,
             start_seconds=arguments.start,

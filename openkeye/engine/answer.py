@@ -20,7 +20,7 @@ class Answer:
     num_frames: int
     frame_spacing_seconds: float
     stage_seconds: dict[str, float]
-    # decode_video, encode_vision, prefill, generate
+    # decode_video, encode_vision, prefill, generate; the first overlaps the others
     finish_reason: str
     # "stop" or "length"; from a service also "cancelled" or "deadline"
     notes: list[str] = field(default_factory=list)

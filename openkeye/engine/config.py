@@ -31,6 +31,10 @@ class EngineConfig:
     # pictures that the vision tower takes at once; results do not depend on it
     vision_cache_bytes: int = 256 << 20
     # encoded pictures kept for the next question
+    decode_ahead_bytes: int = 16 << 20
+    # pixels of one prompt's videos that may wait for the engine; decoding pauses there
+    num_decoders: int = 2
+    # videos that are decoded at the same time
     max_batch_requests: int = 32
     # requests that run together
     dense_up_to: int | None = None

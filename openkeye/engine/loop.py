@@ -4,6 +4,7 @@ from openkeye import Engine
 Engine("openkeye-tiny").ask("clip.mp4", "When does the red circle appear?")
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,10 +26,12 @@ from openkeye.engine.sampler import sample_batch, token_logprobs
 from openkeye.engine.scheduler import Scheduler
 from openkeye.engine.scores import score_output
 from openkeye.engine.text_stream import TextStream
-from openkeye.inputs.encode import EncodedPrompt, encode
+from openkeye.inputs.encode import lay_out
 from openkeye.inputs.intervals import parse_intervals, widen_intervals
 from openkeye.inputs.processor import Processor, read_json, resolve_model_dir
-from openkeye.inputs.video import Frames, read_video
+from openkeye.inputs.prompt import Prompt
+from openkeye.inputs.video import Frames, Progress, read_video
+from openkeye.inputs.video_scan import VideoScan
 
 OnText = Callable[[str], None]
 OnProgress = Callable[[str, int, int], None]
@@ -70,7 +73,7 @@ class Engine:
 
     def ask(
         self,
-        video: str | Path | Frames,
+        video: str | Path | VideoScan | Frames,
         question: str,
         *,
         fps: float | None = None,
@@ -83,13 +86,21 @@ class Engine:
     ) -> Answer:
         """Answer one question about a video file, or the part of it from start to end.
 
+        A file is decoded while its frames are read, and never whole in memory; for more questions about it see `open`.
         evidence: whether the answer tells what it rests on (`Answer.evidence`).
 
         Raises:
             InputError: the video cannot be read, or the prompt does not fit.
         """
-        conversation = self.open(video, fps=fps, start_seconds=start_seconds, end_seconds=end_seconds, on_progress=on_progress)
-        return conversation.ask(question, sampling=sampling, on_text=on_text, on_progress=on_progress, evidence=evidence)
+        options: dict[str, Any] = {"sampling": sampling, "on_text": on_text, "on_progress": on_progress, "evidence": evidence}
+        if isinstance(video, Frames):
+            return self.open(video, start_seconds=start_seconds, end_seconds=end_seconds).ask(question, **options)
+        _check_question(question)
+        part = {"type": "video", "video": video, "fps": fps, "start": start_seconds, "end": end_seconds}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
+        answer = self.generate(messages, **options)
+        window = (start_seconds or 0.0, math.inf if end_seconds is None else end_seconds)
+        return replace(answer, intervals_seconds=_clipped(answer.intervals_seconds, window))
 
     def ask_many(
         self, video: str | Path | Frames, questions: Sequence[str], *, fps: float | None = None, **options: Any
@@ -106,7 +117,7 @@ class Engine:
         end_seconds: float | None = None,
         on_progress: OnProgress | None = None,
     ) -> "Conversation":
-        """Decode a video once, for any number of questions."""
+        """Decode a video once, for any number of questions; its frames stay in memory, a byte a colour."""
         start = time.monotonic()
         if not isinstance(video, Frames):
             limits = self.processor.video_limits.changed(fps=fps)
@@ -137,8 +148,16 @@ class Engine:
         on_progress: OnProgress | None = None,
         evidence: bool = False,
     ) -> list[Answer]:
-        """Answers to several chats, decoded together. `on_text` streams the first one's."""
-        requests = [self.prepare(messages, sampling or SamplingParameters(), evidence=evidence) for messages in batch]
+        """Answers to several chats, decoded together. `on_text` streams the first one's, and `on_progress` follows it.
+
+        Raises:
+            InputError: unreadable media, found before or while videos are decoded, or a prompt that does not fit.
+        """
+        report = None if on_progress is None else (lambda done, total: on_progress("decode_video", done, total))
+        requests = [
+            self.prepare(messages, sampling or SamplingParameters(), None if number else report, evidence)
+            for number, messages in enumerate(batch)
+        ]
         if not requests:
             return []
         first = requests[0]
@@ -169,7 +188,7 @@ class Engine:
         tokens = self.processor.encode_text(continuation)
         if not tokens:
             raise InputError("the continuation to score is empty; give at least one character")
-        prompt = encode(messages, self.processor, num_reserved_tokens=len(tokens))
+        prompt = lay_out(messages, self.processor, num_reserved_tokens=len(tokens))
         request = self._request(prompt, SamplingParameters(max_new_tokens=len(tokens)))
         try:
             logprobs = score_output(self.runner, self.scheduler, request, tokens)
@@ -182,13 +201,13 @@ class Engine:
         self,
         messages: Sequence[Message],
         sampling: SamplingParameters,
-        on_decoded: Callable[[int, int], None] | None = None,
+        on_decoded: Progress | None = None,
         evidence: bool = False,
         **template_options: Any,
     ) -> Request:
-        """Decode and encode messages into a request for `scheduler.add`. Safe on any thread.
+        """Lay messages out into a request for `scheduler.add`; its video files are decoded when it runs. Safe on any thread.
 
-        on_decoded: called with (video frames done, in all); what it raises ends the decoding.
+        on_decoded: called on a decoding thread with (video frames done, in all); what it raises ends the decoding.
         evidence: whether its batches count what the answer rests on.
         template_options: what the chat template is given beside the messages.
 
@@ -199,23 +218,26 @@ class Engine:
         context, cache = self.processor.max_tokens, self.scheduler.pool.num_pages * self.config.page_size
         # An answer is cut where the context ends, but one that the cache cannot hold whole is never begun.
         is_cache_less = context is None or cache < context
-        prompt = encode(
+        prompt = lay_out(
             messages,
             self.processor,
             num_reserved_tokens=sampling.max_new_tokens if is_cache_less else min(sampling.max_new_tokens, 64),
             max_tokens=cache if is_cache_less else context,
-            on_progress=on_decoded,
             **template_options,
         )
-        request = self._request(prompt, sampling)
+        request = self._request(prompt, sampling, on_decoded)
         request.stage_seconds["decode_video"] = time.monotonic() - start
         if evidence:
             request.evidence = EvidenceCounts(request.num_prompt)
         return request
 
     def step(self) -> list[Request]:
-        """Run one batch; returns the requests that it finished."""
-        return self.run_batch(self.scheduler.next_batch())
+        """Run one batch, waiting for frames where none can run without; returns the requests that it finished.
+
+        Raises:
+            InputError: a video of a running request cannot be decoded.
+        """
+        return self.run_batch(self.scheduler.wait_for_batch())
 
     def run_batch(self, batch: Batch) -> list[Request]:
         """Run a batch of the scheduler's, give each request its next token; returns the requests that are finished now."""
@@ -246,6 +268,7 @@ class Engine:
         spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
         window = (0.0, frames.duration_seconds if frames is not None else float("inf"))
         assert request.finish_reason is not None
+        seconds = request.stage_seconds | {"decode_video": request.stage_seconds["decode_video"] + request.media.decode_seconds}
         return Answer(
             text,
             widen_intervals(parse_intervals(text), spacing, *window),
@@ -254,19 +277,17 @@ class Engine:
             len(request.output_ids),
             len(times),
             spacing,
-            request.stage_seconds,
+            seconds,
             request.finish_reason,
-            request.prompt.notes,
+            request.media.notes,
             read_evidence(request, self.processor),
         )
 
-    def _request(self, prompt: EncodedPrompt, sampling: SamplingParameters) -> Request:
+    def _request(self, prompt: Prompt, sampling: SamplingParameters, on_decoded: Progress | None = None) -> Request:
         room = (self.processor.max_tokens or prompt.num_tokens + sampling.max_new_tokens) - prompt.num_tokens
         sampling = replace(sampling, max_new_tokens=max(1, min(room, sampling.max_new_tokens)))
-        processor = self.processor
-        stream = TextStream(processor.decode, sampling.stop)
-        ids = (self.stop_ids, processor.image_token_id, processor.video_token_id)
-        return Request(prompt, sampling, *ids, processor.merge_size, stream)
+        stream = TextStream(self.processor.decode, sampling.stop)
+        return Request(prompt, sampling, self.stop_ids, stream, on_decoded=on_decoded)
 
     def _tell_prefill(self, segment: Segment) -> None:
         request = segment.request
@@ -308,8 +329,7 @@ class Conversation:
     def ask_many(self, questions: Sequence[str], **options: Any) -> list[Answer]:
         """Several questions at once, answered in one batch."""
         for question in questions:
-            if not question.strip():
-                raise InputError("the question is empty; ask something about the video")
+            _check_question(question)
         answers = self.engine.generate_batch([self._messages(question) for question in questions], **options)
         return [self._placed(answer) for answer in answers]
 
@@ -318,9 +338,19 @@ class Conversation:
 
     def _placed(self, answer: Answer) -> Answer:
         """The answer with this conversation's decoding time, its intervals clipped to the asked part."""
-        low, high = self.window
-        intervals = [(max(low, first), min(high, last)) for first, last in answer.intervals_seconds]
+        intervals = _clipped(answer.intervals_seconds, self.window)
         seconds = answer.stage_seconds | {"decode_video": self.decode_seconds}
         # The video was decoded once: only the first answer's time includes it.
         self.decode_seconds = 0.0
         return Answer(**(vars(answer) | {"intervals_seconds": intervals, "stage_seconds": seconds}))
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise InputError("the question is empty; ask something about the video")
+
+
+def _clipped(intervals: list[tuple[float, float]], window: tuple[float, float]) -> list[tuple[float, float]]:
+    """The intervals inside the asked part of a video, seconds."""
+    low, high = window
+    return [(max(low, first), min(high, last)) for first, last in intervals]

@@ -3,9 +3,10 @@
 from itertools import pairwise
 
 from openkeye.engine.evidence import Moment, VideoEvidence
-from openkeye.engine.request import Picture, Request
+from openkeye.engine.request import Request
 from openkeye.inputs.processor import Processor
-from openkeye.inputs.video import Frames
+from openkeye.inputs.prompt import Picture
+from openkeye.inputs.video import Frames, VideoRequest
 
 
 def read_evidence(request: Request, processor: Processor) -> list[VideoEvidence] | None:
@@ -21,7 +22,7 @@ def read_evidence(request: Request, processor: Processor) -> list[VideoEvidence]
 
 
 def _video_evidence(
-    number: int, video: Frames, pictures: list[Picture], request: Request, processor: Processor
+    number: int, video: Frames | VideoRequest, pictures: list[Picture], request: Request, processor: Processor
 ) -> VideoEvidence:
     evidence = request.evidence
     assert evidence is not None
@@ -38,7 +39,7 @@ def _video_evidence(
     return VideoEvidence(number, evidence.num_selective > 0, share, weight, moments)
 
 
-def _spans(video: Frames) -> list[tuple[float, float]]:
+def _spans(video: Frames | VideoRequest) -> list[tuple[float, float]]:
     """What each frame stands for, seconds: from halfway to the one before it to halfway to the next, of the sampled part."""
     times = video.times_seconds
     middles = [(first + second) / 2 for first, second in pairwise(times)]

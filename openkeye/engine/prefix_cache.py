@@ -2,21 +2,23 @@
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
 from openkeye.engine.pages import PagePool
 
 
-def page_keys(content_T: np.ndarray, page_size: int) -> list[bytes]:
+def page_keys(content_T: np.ndarray, page_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
     """A key for every full page of a prompt: it names the page's content and everything before it.
 
     Args:
         content_T: [T] int64, the token id of text and a number made of the pixels for media (`Request.content`).
+        known: the keys of its first pages, where they are known already.
     """
-    keys: list[bytes] = []
-    previous = b""
-    for start in range(0, len(content_T) - page_size + 1, page_size):
+    keys = list(known)
+    previous = keys[-1] if keys else b""
+    for start in range(len(keys) * page_size, len(content_T) - page_size + 1, page_size):
         previous = hashlib.blake2b(previous + content_T[start : start + page_size].tobytes(), digest_size=16).digest()
         keys.append(previous)
     return keys

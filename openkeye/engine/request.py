@@ -1,5 +1,6 @@
 """One prompt on its way through the engine."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,47 +12,37 @@ from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import TokenEvent
 from openkeye.engine.evidence import EvidenceCounts
 from openkeye.engine.text_stream import TextStream
-from openkeye.inputs.encode import EncodedPrompt
-from openkeye.inputs.patches import Patches
+from openkeye.inputs.media_stream import MediaStream
+from openkeye.inputs.prompt import Picture, Prompt
+from openkeye.inputs.video import Progress
 
 STAGES = ("decode_video", "encode_vision", "prefill", "generate")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A run of pads in the prompt that one picture or frame fills."""
-
-    content_hash: str
-    first_token: int
-    num_tokens: int
-    is_frame: bool
-    # of a video; otherwise a still image
-    number: int
-    # among the patches of its kind
 
 
 @dataclass(eq=False)
 class Request:
     """Prompt, pages and answer of one generation."""
 
-    prompt: EncodedPrompt
+    prompt: Prompt
     sampling: SamplingParameters
     stop_ids: frozenset[int]
-    image_token_id: int
-    video_token_id: int
-    merge_size: int
     stream: TextStream | None = None
     # None where nobody reads the text: then no stop string ends it
     on_token: Callable[[TokenEvent], None] | None = None
     on_prefill: Callable[[int, int], None] | None = None
     # called with (prompt tokens done, prompt tokens in all)
+    on_decoded: Progress | None = None
+    # called on a decoding thread with (video frames done, in all); what it raises ends the decoding
     evidence: EvidenceCounts | None = None
     # what its answer rests on, where that is asked for
-    pictures: list[Picture] = field(init=False)
+    media: MediaStream = field(init=False)
     content: np.ndarray = field(init=False)
-    # [T] int64 by which equal prefixes are found
+    # [T] int64 by which equal prefixes are found; of pictures from the moment on at which they arrive
     pages: list[int] = field(default_factory=list)
+    num_promised_pages: int = 0
+    # that are its own as soon as its tokens need them
     page_keys: list[bytes] = field(default_factory=list)
+    # of the pages whose pictures have arrived
     num_computed: int = 0
     # tokens whose keys and values stand in the pages
     num_cached: int = 0
@@ -68,14 +59,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.sampling.seed)
-        self.pictures = self._find_pictures()
+        self.media = MediaStream(self.prompt.media, self.on_decoded)
         self.content = self.input_ids.numpy().copy()
-        for picture in self.pictures:
-            first = int.from_bytes(bytes.fromhex(picture.content_hash)[:7], "big")
-            # Negative numbers are no token ids.
-            self.content[picture.first_token : picture.first_token + picture.num_tokens] = -first - np.arange(
-                picture.num_tokens
-            )
+        self._num_arrived = self._num_named = 0
+        # pictures that the scheduler knows to be there, and those whose content is in `content`
+        self.take_arrived()
 
     @property
     def input_ids(self) -> Tensor:
@@ -84,6 +72,17 @@ class Request:
     @property
     def num_prompt(self) -> int:
         return self.prompt.num_tokens
+
+    @property
+    def pictures(self) -> Sequence[Picture]:
+        """The runs of pads in the prompt."""
+        return self.prompt.pictures
+
+    @property
+    def num_ready(self) -> int:
+        """Known tokens, at the last `take_arrived`, before the first picture that is still to be decoded."""
+        is_whole = self._num_arrived == len(self.pictures)
+        return self.num_known if is_whole else self.pictures[self._num_arrived].first_token
 
     @property
     def is_prefilled(self) -> bool:
@@ -108,12 +107,20 @@ class Request:
     def num_tokens_at_most(self) -> int:
         return self.num_prompt + self.sampling.max_new_tokens
 
-    def patches(self, picture: Picture) -> Patches:
-        """The patches of one picture's kind."""
-        model_input = self.prompt.model_input
-        patches = model_input.video_patches if picture.is_frame else model_input.image_patches
-        assert patches is not None
-        return patches
+    def take_arrived(self) -> None:
+        """See which pictures have arrived by now, and give them their place in `content`."""
+        self._num_arrived = self.media.num_arrived
+        for picture in self.pictures[self._num_named : self._num_arrived]:
+            content_hash = self.media.hashes[picture.number]
+            assert content_hash is not None, "what has arrived has a hash"
+            first = int.from_bytes(bytes.fromhex(content_hash)[:7], "big")
+            # Negative numbers are no token ids.
+            self.content[picture.first_token : picture.end_token] = -first - np.arange(picture.num_tokens)
+        self._num_named = max(self._num_named, self._num_arrived)
+
+    def first_picture_from(self, token: int) -> int:
+        """Number of the first picture that ends behind a token of the prompt."""
+        return bisect_right(self.pictures, token, key=lambda picture: picture.end_token)
 
     def add_output(self, token: int, logprob: float | None = None, top_logprobs: Sequence[tuple[int, float]] = ()) -> None:
         """Take the next token of the answer, see whether it is the last, and tell of it."""
@@ -139,25 +146,3 @@ class Request:
     def text(self) -> str:
         """The answer's text; whole once it is finished."""
         return "" if self.stream is None else self.stream.text
-
-    def _find_pictures(self) -> list[Picture]:
-        ids = self.input_ids.numpy()
-        is_pad = (ids == self.image_token_id) | (ids == self.video_token_id)
-        starts = np.flatnonzero(is_pad & ~np.concatenate([[False], is_pad[:-1]]))
-        pictures: list[Picture] = []
-        counts = {False: 0, True: 0}
-        hashes = iter(self.prompt.media_hashes)
-        model_input = self.prompt.model_input
-        for start in starts.tolist():
-            place = start
-            # Pictures may follow one another with no text between; each takes as many pads as its grid asks for.
-            while place < len(ids) and is_pad[place]:
-                is_frame = bool(ids[place] == self.video_token_id)
-                patches = model_input.video_patches if is_frame else model_input.image_patches
-                assert patches is not None
-                grid = patches.grid_thw[counts[is_frame]]
-                size = int(grid.prod()) // self.merge_size**2
-                pictures.append(Picture(next(hashes), place, size, is_frame, counts[is_frame]))
-                counts[is_frame] += 1
-                place += size
-        return pictures

@@ -1,6 +1,7 @@
 """Runs the network on a batch: embeds text and pictures, walks the layers over the pages, returns the next token's logits."""
 
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
 from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
 from openkeye.engine.pages import PagedCaches
-from openkeye.engine.request import Picture, Request
+from openkeye.engine.request import Request
 from openkeye.engine.vision_cache import VisionCache
-from openkeye.inputs.patches import Patches, join_patches
+from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
+from openkeye.inputs.prompt import Picture
 from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.keye import KeyeModel
 from openkeye.model.sharding import local_config
+
+VISION_SLICE_TOKENS = 4096
+# of the pictures that the vision tower takes at once, where they are more than one
 
 
 class Runner:
@@ -44,6 +49,8 @@ class Runner:
             # Back ends of dense attention are chosen by the shape; lists of all keys take one way whatever it is.
             self.dense_up_to = 0
         self.vision_cache = VisionCache(config.vision_cache_bytes)
+        # A picture's bits must not depend on which others are missing.
+        self._slice_pictures = 1 if config.is_batch_invariant else config.vision_slice_pictures
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
 
@@ -140,19 +147,40 @@ class Runner:
         return self.model.embed(ids, images, frames)
 
     def _features(self, request: Request, pictures: list[Picture]) -> list[Tensor]:
-        """Encoded pictures, from the cache or encoded now in slices."""
-        known = {picture.content_hash: self.vision_cache.get(picture.content_hash) for picture in pictures}
-        missing = list({p.content_hash: p for p in pictures if known[p.content_hash] is None}.values())
+        """Encoded pictures, from the cache or encoded now in slices: no more than a slice's patches are in memory."""
+        hashes = [request.media.hashes[picture.number] or "" for picture in pictures]
+        known = {content_hash: self.vision_cache.get(content_hash) for content_hash in hashes}
+        named = zip(hashes, pictures, strict=True)
+        missing = list({content_hash: picture for content_hash, picture in named if known[content_hash] is None}.items())
         start = time.monotonic()
-        for first in range(0, len(missing), self.config.vision_slice_pictures):
-            part = missing[first : first + self.config.vision_slice_pictures]
-            patches = join_patches([request.patches(p).slice_pictures(p.number, p.number + 1) for p in part])
-            assert patches is not None
-            moved = Patches(patches.pixels.to(self.device, self.dtype), patches.grid_thw)
-            encoded = self.encode(moved)
-            for picture, feature in zip(part, encoded.split([p.num_tokens for p in part]), strict=True):
-                known[picture.content_hash] = feature
-                self.vision_cache.put(picture.content_hash, feature)
+        for part in self._slices(missing):
+            encoded = self.encode(self._patches(request, [picture for _, picture in part]))
+            sizes = [picture.num_tokens for _, picture in part]
+            for (content_hash, _), feature in zip(part, encoded.split(sizes), strict=True):
+                known[content_hash] = feature
+                self.vision_cache.put(content_hash, feature)
         self.vision_seconds += time.monotonic() - start
-        features = [known[picture.content_hash] for picture in pictures]
+        features = [known[content_hash] for content_hash in hashes]
         return [feature for feature in features if feature is not None]
+
+    def _slices(self, missing: list[tuple[str, Picture]]) -> Iterator[list[tuple[str, Picture]]]:
+        """What the vision tower takes at once: a few pictures, fewer where they are large."""
+        first = 0
+        while first < len(missing):
+            end, num_tokens = first + 1, missing[first][1].num_tokens
+            while end < min(first + self._slice_pictures, len(missing)):
+                num_tokens += missing[end][1].num_tokens
+                if num_tokens > VISION_SLICE_TOKENS:
+                    break
+                end += 1
+            yield missing[first:end]
+            first = end
+
+    def _patches(self, request: Request, pictures: list[Picture]) -> Patches:
+        vision = self.model.config.vision
+        assert vision is not None
+        # As bytes, a quarter of the patches' size, they go to the device.
+        pixels = [torch.from_numpy(request.media.pixels(picture.number)).to(self.device) for picture in pictures]
+        patches = join_patches([patches_from_pixels(picture[None], vision.patch_size) for picture in pixels])
+        assert patches is not None
+        return Patches(patches.pixels.to(self.dtype), patches.grid_thw)

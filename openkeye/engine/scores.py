@@ -29,7 +29,7 @@ def score_output(runner: Runner, scheduler: Scheduler, request: Request, tokens:
     scheduler.add(request)
     logprobs: list[float] = []
     while len(logprobs) < len(tokens):
-        batch = scheduler.next_batch()
+        batch = scheduler.wait_for_batch()
         (segment,) = batch.segments
         hidden = runner.run_hidden(batch)
         request.num_computed += segment.count

@@ -1,6 +1,7 @@
 """`EngineService`: the engine on a thread of its own, for many callers at once.
 
-submit ── encoding threads: media to a prompt ──> engine thread: batches ──> on_event
+submit ── encoding threads: messages to a prompt ──> engine thread: batches ──> on_event
+                                          decoding threads: frames ──┘
 Requests share batches and pages and nothing else: what goes wrong with one ends that one. They run in the order in which they
 are encoded, so that a line of text does not wait for an hour of video.
 """
@@ -31,7 +32,7 @@ __all__ = ["EngineService", "ErrorEvent", "Event", "FinishEvent", "OnEvent", "Se
 
 NUM_ENCODING_THREADS = 2
 MAX_ENCODED_AHEAD = 8
-# requests that are being encoded or are encoded and wait: an hour of video is hundreds of megabytes of pixels
+# requests that are being encoded or are encoded and wait: pictures and uploads are in memory from then on
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class EngineService:
 
     def start(self) -> None:
         """Begin to serve; once in a service's life."""
+        self._engine.scheduler.on_news = self._wake
         self._thread.start()
 
     def stop(self, timeout_seconds: float = 10.0) -> None:
@@ -172,7 +174,7 @@ class EngineService:
             scheduler.pool.num_pages,
         )
 
-    def _wake(self, _ticket: Ticket) -> None:
+    def _wake(self, _ticket: Ticket | None = None) -> None:
         with self._changed:
             self._changed.notify_all()
 
@@ -189,13 +191,10 @@ class EngineService:
     # On the encoding threads.
 
     def _encode(self, ticket: EngineTicket, messages: Sequence[Message]) -> Request:
-        def check(_num_done: int, _num_frames: int) -> None:
-            if ticket.is_settled or ticket.is_cancelled:
-                raise Abandoned
-
-        check(0, 0)
+        if ticket.is_settled or ticket.is_cancelled:
+            raise Abandoned
         options = {"evidence": ticket.keeps_evidence, **ticket.template_options}
-        return self._engine.prepare(messages, ticket.sampling, on_decoded=check, **options)
+        return self._engine.prepare(messages, ticket.sampling, **options)
 
     def _take_encoded(self, ticket: EngineTicket, future: "Future[Request]") -> None:
         """Hand an encoding's outcome to the engine thread, whatever it is."""
@@ -205,13 +204,10 @@ class EngineService:
         outcome: Request | ErrorEvent
         if error is None:
             outcome = future.result()
-        elif isinstance(error, InputError):
-            outcome = ErrorEvent("input", one_line(error))
         elif isinstance(error, Abandoned):
             return
         else:
-            logger.error("a request could not be encoded", exc_info=error)
-            outcome = ErrorEvent("internal", f"the request could not be encoded: {type(error).__name__}: {one_line(error)}")
+            outcome = _event_of(error, "encoded")
         with self._changed:
             self._encoded.append((ticket, outcome))
             self._changed.notify_all()
@@ -241,7 +237,7 @@ class EngineService:
         def is_due() -> bool:
             now = time.monotonic()
             is_asked = any(t.is_cancelled or t.has_failed or t.deadline <= now for t in self._open)
-            return self._is_stopping or bool(self._encoded) or is_asked or self._engine.scheduler.has_work
+            return self._is_stopping or bool(self._encoded) or is_asked or self._engine.scheduler.has_due_work
 
         with self._changed:
             while not is_due():
@@ -270,7 +266,7 @@ class EngineService:
             self._num_prompt_tokens += outcome.num_prompt
 
     def _end_requests(self) -> None:
-        """Before the next batch: requests whose callback raised, whose caller lost interest, or whose time is up."""
+        """Before the next batch: requests whose callback raised, whose caller left, whose time is up, or whose video is bad."""
         now = time.monotonic()
         with self._changed:
             tickets = list(self._open)
@@ -279,12 +275,16 @@ class EngineService:
                 self._settle(ticket, ErrorEvent("internal", "the callback of the request raised an exception"))
             elif ticket.is_cancelled or ticket.deadline <= now:
                 self._finish(ticket, "cancelled" if ticket.is_cancelled else "deadline")
+            elif ticket.request is not None and (error := ticket.request.media.error) is not None:
+                self._settle(ticket, _event_of(error, "decoded"))
 
     def _run_batch(self) -> None:
         scheduler = self._engine.scheduler
         batch: Batch | None = None
         try:
             batch = scheduler.next_batch()
+            if batch is None:
+                return
             finished = self._engine.run_batch(batch)
         except (torch.AcceleratorError, RanksError):
             # After an error of the device no call to it succeeds, and ranks that have parted do not meet again: this process is
@@ -343,6 +343,14 @@ class EngineService:
         else:
             self._num_failed += 1
         ticket.tell(event)
+
+
+def _event_of(error: BaseException, what: str) -> ErrorEvent:
+    """The end of a request that could not be encoded or decoded; what is not its own fault is logged."""
+    if isinstance(error, InputError):
+        return ErrorEvent("input", one_line(error))
+    logger.error("a request could not be %s", what, exc_info=error)
+    return ErrorEvent("internal", f"the request could not be {what}: {type(error).__name__}: {one_line(error)}")
 
 
 def one_line(error: BaseException) -> str:

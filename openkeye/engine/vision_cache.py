@@ -13,6 +13,11 @@ class VisionCache:
         self._bytes = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the features that are kept."""
+        return self._bytes
+
     def get(self, content_hash: str) -> Tensor | None:
         """[merged tokens, hidden] of a picture, or None."""
         features = self._features.get(content_hash)
@@ -29,3 +34,8 @@ class VisionCache:
         while self._bytes > self._max_bytes and len(self._features) > 1:
             _, dropped = self._features.popitem(last=False)
             self._bytes -= dropped.numel() * dropped.element_size()
+
+    def clear(self) -> None:
+        """Forget all pictures."""
+        self._features.clear()
+        self._bytes = 0

@@ -1,8 +1,10 @@
-"""The whole walk from chat messages to `ModelInput`: media are sized first, counted, and only then decoded."""
+"""The whole walk from chat messages to `ModelInput`: media are sized first, counted, and only then decoded.
 
-import hashlib
+`lay_out` stops before the decoding of videos, all of whose tokens are known by then; `encode` decodes them too.
+"""
+
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,13 @@ from openkeye.common.checks import InputError
 from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, local_path, open_image, source_of, stated_size
 from openkeye.inputs.messages import MediaPart, split_messages
 from openkeye.inputs.model_input import ModelInput
-from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
+from openkeye.inputs.patches import join_patches, patches_from_pixels
 from openkeye.inputs.positions import position_ids
 from openkeye.inputs.processor import Processor
+from openkeye.inputs.prompt import EncodedPrompt, Medium, Picture, Prompt, picture_hash, picture_size
 from openkeye.inputs.sampling import ImageLimits, VideoLimits, plan_video
 from openkeye.inputs.video import Frames, Progress, VideoRequest, read_request, request_video
 from openkeye.inputs.video_scan import VideoScan, scan_video
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt ready for the model, with what a person may want to know about it."""
-
-    model_input: ModelInput
-    text: str
-    # as the template wrote it, one placeholder per picture or video
-    videos: list[Frames]
-    media_hashes: tuple[str, ...]
-    # one per picture or frame, in the order of the prompt: equal where the pixels are equal
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def frames(self) -> Frames | None:
-        """The frames of the first video, if there is one."""
-        return self.videos[0] if self.videos else None
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the prompt."""
-        return self.model_input.num_tokens
 
 
 @dataclass(frozen=True)
@@ -63,17 +43,16 @@ _SizedMedia = _SizedImage | VideoRequest | Frames
 # Media whose token count is known; only Frames are decoded already.
 
 
-def encode(
+def lay_out(
     messages: Sequence[Mapping[str, Any]],
     processor: Processor,
     video_limits: VideoLimits | None = None,
     num_reserved_tokens: int = 0,
     max_tokens: int | None = None,
-    on_progress: Progress | None = None,
     add_generation_prompt: bool = True,
     **template_options: Any,
-) -> EncodedPrompt:
-    """Turn chat messages with pictures and videos into tokens, positions and patches.
+) -> Prompt:
+    """Turn chat messages with pictures and videos into tokens, positions and media, of which video files are not decoded.
 
     `messages`: see `openkeye.inputs.messages`; a video may also be `Frames` or a `VideoScan` already at hand.
     `num_reserved_tokens`: room kept for the answer in `max_tokens` (default: the checkpoint's context length; a number below it
@@ -82,7 +61,7 @@ def encode(
     """
     plain_messages, parts = split_messages(messages)
     limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
-    media = _size_media(parts, processor, limits)
+    sized = _size_media(parts, processor, limits)
     pieces = processor.template.render(plain_messages, add_generation_prompt, **template_options)
     template_ids = [
         token
@@ -90,10 +69,37 @@ def encode(
         for token in (processor.encode_text(text) if is_prose else processor.tokenizer.encode_template(text))
     ]
     _check_placeholders(template_ids, parts, processor)
-    expected = sum(_num_tokens(item, processor) for item in media) + len(template_ids) - len(media)
-    _check_length(expected, num_reserved_tokens, max_tokens, media, processor)
-    decoded = list(_decode(media, on_progress))
-    return _assemble(template_ids, decoded, processor, "".join(text for text, _ in pieces))
+    expected = sum(_num_tokens(item, processor) for item in sized) + len(template_ids) - len(sized)
+    _check_length(expected, num_reserved_tokens, max_tokens, sized, processor)
+    media = [item.pixels() if isinstance(item, _SizedImage) else item for item in sized]
+    return _assemble(template_ids, media, processor, "".join(text for text, _ in pieces))
+
+
+def encode(
+    messages: Sequence[Mapping[str, Any]], processor: Processor, on_progress: Progress | None = None, **options: Any
+) -> EncodedPrompt:
+    """Turn chat messages with pictures and videos into tokens, positions and patches, all of them in memory.
+
+    `options`: those of `lay_out`. Frames that cannot be decoded are left out, and a note says so.
+    Raises InputError for unreadable media and, before any video is decoded, for prompts past the context.
+    """
+    prompt = lay_out(messages, processor, **options)
+    media = list(_decode(prompt.media, on_progress))
+    if any(isinstance(item, VideoRequest) for item in prompt.media):
+        # Where frames are missing, so are their tokens.
+        prompt = _assemble(prompt.template_ids, media, processor, prompt.text)
+    pixels = [item.pixels if isinstance(item, Frames) else item[None] for item in media]
+    patches = [patches_from_pixels(pixels_NHWC, processor.patch_size) for pixels_NHWC in pixels]
+    kinds = [(isinstance(item, Frames), part) for item, part in zip(media, patches, strict=True)]
+    image_patches, video_patches = (
+        join_patches([part for is_video, part in kinds if is_video is kind]) for kind in (False, True)
+    )
+    videos = [item for item in media if isinstance(item, Frames)]
+    return EncodedPrompt(
+        **vars(prompt) | {"model_input": replace(prompt.model_input, image_patches=image_patches, video_patches=video_patches)},
+        media_hashes=tuple(picture_hash(picture) for pixels_NHWC in pixels for picture in pixels_NHWC),
+        notes=[f"{video.source}: {note}" for video in videos for note in video.notes],
+    )
 
 
 def _size_media(parts: list[MediaPart], processor: Processor, video_limits: VideoLimits) -> list[_SizedMedia]:
@@ -210,14 +216,12 @@ def _check_length(
     )
 
 
-def _decode(media: list[_SizedMedia], on_progress: Progress | None) -> Iterator[np.ndarray | Frames]:
+def _decode(media: Sequence[Medium], on_progress: Progress | None) -> Iterator[np.ndarray | Frames]:
     """Pixels of each medium in order: [H, W, 3] for a picture, `Frames` for a video."""
     num_frames = sum(len(item.frame_numbers) for item in media if isinstance(item, VideoRequest))
     num_done = 0
     for item in media:
-        if isinstance(item, _SizedImage):
-            yield item.pixels()
-        elif isinstance(item, Frames):
+        if not isinstance(item, VideoRequest):
             yield item
         else:
             before = num_done
@@ -226,45 +230,34 @@ def _decode(media: list[_SizedMedia], on_progress: Progress | None) -> Iterator[
             num_done += len(item.frame_numbers)
 
 
-def _assemble(template_ids: list[int], decoded: list[np.ndarray | Frames], processor: Processor, text: str) -> EncodedPrompt:
+def _assemble(template_ids: Sequence[int], media: Sequence[Medium], processor: Processor, text: str) -> Prompt:
     """Put every medium's tokens in its placeholder's place."""
     ids: list[int] = []
-    images: list[Patches] = []
-    frames: list[Patches] = []
-    hashes: list[str] = []
-    remaining = iter(decoded)
+    pictures: list[Picture] = []
+    grids: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+    remaining = iter(media)
     for token in template_ids:
         if token not in (processor.image_token_id, processor.video_token_id):
             ids.append(token)
             continue
         item = next(remaining)
-        pixels_NHWC = item.pixels if isinstance(item, Frames) else item[None]
-        patches = patches_from_pixels(pixels_NHWC, processor.patch_size)
-        (frames if isinstance(item, Frames) else images).append(patches)
-        hashes += [_hash(picture) for picture in pixels_NHWC]
-        pads = [token] * (int(patches.grid_thw[0].prod()) // processor.merge_size**2)
-        if isinstance(item, Frames):
-            for seconds in item.times_seconds:
-                ids += processor.encode_frame_text(seconds)
-                ids += pads
-        else:
-            ids += pads
+        texts = [[]] if isinstance(item, np.ndarray) else [processor.encode_frame_text(time) for time in item.times_seconds]
+        is_frame = not isinstance(item, np.ndarray)
+        height, width = picture_size(item)
+        grid = (1, height // processor.patch_size, width // processor.patch_size)
+        num_pads = grid[1] * grid[2] // processor.merge_size**2
+        for frame_text in texts:
+            ids += frame_text
+            pictures.append(Picture(len(pictures), len(ids), num_pads, is_frame))
+            grids[is_frame].append(grid)
+            ids += [token] * num_pads
     input_ids = torch.tensor(ids, dtype=torch.int64)
-    image_patches, video_patches = join_patches(images), join_patches(frames)
     positions = position_ids(
         input_ids,
-        None if image_patches is None else image_patches.grid_thw,
-        None if video_patches is None else video_patches.grid_thw,
+        torch.tensor(grids[False], dtype=torch.int64) if grids[False] else None,
+        torch.tensor(grids[True], dtype=torch.int64) if grids[True] else None,
         processor.image_token_id,
         processor.video_token_id,
         processor.merge_size,
     )
-    videos = [item for item in decoded if isinstance(item, Frames)]
-    notes = [f"{video.source}: {note}" for video in videos for note in video.notes]
-    return EncodedPrompt(ModelInput(input_ids, positions, image_patches, video_patches), text, videos, tuple(hashes), notes)
-
-
-def _hash(picture_HWC: np.ndarray) -> str:
-    content = hashlib.blake2b(repr(picture_HWC.shape).encode(), digest_size=16)
-    content.update(picture_HWC.tobytes())
-    return content.hexdigest()
+    return Prompt(ModelInput(input_ids, positions), text, tuple(media), tuple(pictures), tuple(template_ids))

@@ -1,6 +1,9 @@
 """Video files to `Frames`: the pictures shown at the requested moments, each with its own time, resized while decoding."""
 
-from collections.abc import Callable, Iterator
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -55,7 +58,17 @@ class VideoRequest:
     @property
     def times_seconds(self) -> list[float]:
         """When each requested frame is shown."""
-        return [round(float(time), TIME_DIGITS) for time in self.scan.times_seconds_F[self.frame_numbers]]
+        return [_seconds(self.scan, pts) for pts in self.scan.pts_F[self.frame_numbers].tolist()]
+
+    @property
+    def source(self) -> str:
+        """The video's name in errors and notes."""
+        return self.scan.source
+
+    @property
+    def duration_seconds(self) -> float:
+        """Of the whole video."""
+        return self.scan.duration_seconds
 
 
 def request_video(
@@ -142,8 +155,12 @@ class DecodeHealth:
 
     num_bad_packets: int = 0
     num_damaged_frames: int = 0
+    num_held: int = 0
+    # frames in whose place another picture stands (`iterate_shown`)
+    stop: threading.Event = field(default_factory=threading.Event)
+    # set by whoever wants no more frames, on any thread: no further packet is decoded
 
-    def notes(self, num_missing: int) -> list[str]:
+    def notes(self, num_missing: int = 0) -> list[str]:
         """Lines for the user; none for a clean file."""
         notes = []
         if self.num_bad_packets:
@@ -152,12 +169,14 @@ class DecodeHealth:
             notes.append(f"{self.num_damaged_frames} sampled frames are damaged")
         if num_missing:
             notes.append(f"{num_missing} sampled frames are missing because the file is damaged there")
+        if self.num_held:
+            notes.append(f"{self.num_held} sampled frames cannot be decoded; the picture before stands in for each")
         return notes
 
 
 def iterate_frames(
     request: VideoRequest, height: int, width: int, health: DecodeHealth | None = None
-) -> Iterator[tuple[np.ndarray, float]]:
+) -> Generator[tuple[np.ndarray, float]]:
     """(picture [height, width, 3] uint8, seconds) of each requested frame, in order; memory holds one at a time."""
     health = health if health is not None else DecodeHealth()
     scan = request.scan
@@ -167,8 +186,44 @@ def iterate_frames(
         chosen = _seeking if _is_sparse(scan, targets) else _sequential
         for pts, frame in chosen(container, stream, scan, targets.tolist(), health):
             health.num_damaged_frames += frame.is_corrupt
-            seconds = float((pts - int(scan.pts_F[0])) * scan.time_base)
-            yield _picture(frame, height, width, scan.quarter_turns), round(seconds, TIME_DIGITS)
+            yield _picture(frame, height, width, scan.quarter_turns), _seconds(scan, pts)
+
+
+def iterate_shown(request: VideoRequest, health: DecodeHealth) -> Generator[np.ndarray]:
+    """One picture for each requested frame, in order, [height, width, 3] uint8 of the plan; memory holds two at a time.
+
+    For whom the number of frames is settled: where one cannot be decoded, the picture before it stays, as on a player's screen
+    (at the beginning: the first that can be decoded). Of a whole file they are those of `read_request`, to the byte.
+
+    Raises:
+        InputError: no frame can be decoded.
+    """
+    times, plan = request.times_seconds, request.plan
+    held: np.ndarray | None = None
+    num_given = 0
+    with closing(iterate_frames(request, plan.height, plan.width, health)) as decoded:
+        for picture, seconds in decoded:
+            number = bisect_left(times, seconds)
+            if number < num_given:
+                # Older than what was shown: a seek that went astray.
+                continue
+            health.num_held += number - num_given + (seconds != times[number])
+            for _ in range(num_given, number):
+                yield picture if held is None else held
+            yield picture
+            held, num_given = picture, number + 1
+    if health.stop.is_set():
+        return
+    if held is None:
+        raise InputError(f"{request.source}: none of the {len(times)} sampled frames can be decoded; the file is damaged")
+    health.num_held += len(times) - num_given
+    for _ in range(num_given, len(times)):
+        yield held
+
+
+def _seconds(scan: VideoScan, pts: int) -> float:
+    """From the first frame, rounded as every stated time is."""
+    return round(float((pts - int(scan.pts_F[0])) * scan.time_base), TIME_DIGITS)
 
 
 def _picture(frame: av.VideoFrame, height: int, width: int, quarter_turns: int) -> np.ndarray:
@@ -192,6 +247,8 @@ def _decoded(
     """(pts, frame) from the container's place on, in the order shown; damaged packets are counted and skipped."""
     number = 0
     for packet in _packets(container, stream):
+        if health.stop.is_set():
+            return
         try:
             frames = stream.decode(packet)
         except av.error.FFmpegError:
@@ -268,6 +325,8 @@ def _seeking(
     """A seek per target."""
     last_pts: int | None = None
     for target in targets:
+        if health.stop.is_set():
+            return
         found = next(_pick(_decoded_before(container, stream, scan, target, health), [target]), None)
         if found is not None and found[0] != last_pts:
             last_pts = found[0]

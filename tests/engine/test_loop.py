@@ -96,7 +96,7 @@ def test_old_prefixes_make_room_for_new_requests(video, other_video):
 
 
 def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(video):
-    with pytest.raises(InputError, match=r"cache tokens, the engine has 256"):
+    with pytest.raises(InputError, match=r"552 tokens .* the engine's cache holds 256"):
         Engine(config=EngineConfig(cache_tokens=256)).generate(chat(video, QUESTIONS[0]))
 
 

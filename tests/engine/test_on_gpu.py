@@ -61,7 +61,7 @@ def converse(model: KeyeModel, device: str, lengths: tuple[int, ...], chunk: int
     for length in lengths:
         ids = torch.randint(100, 900, (length + NUM_STEPS + 1,), generator=generator)
         prompt = EncodedPrompt(ModelInput(ids[:length], torch.arange(length).expand(3, -1)), "", [], ())
-        request = Request(prompt, SamplingParameters(max_new_tokens=NUM_STEPS + 5), frozenset(), 1, 2, 2)
+        request = Request(prompt, SamplingParameters(max_new_tokens=NUM_STEPS + 5), frozenset())
         tokens[id(request)] = iter(ids[length:].tolist())
         requests.append(request)
         scheduler.add(request)
