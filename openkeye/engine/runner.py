@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        with self._row_exact():
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Tensor:
         if self.graphs is not None and self._can_replay(batch):
             return self.replay([self._step_row(segment) for segment in batch.segments])
         hidden = self.run_hidden(batch)
@@ -97,6 +102,19 @@ class Runner:
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
         return self.model.encode_patches(patches)
+
+    @contextmanager
+    def _row_exact(self) -> Iterator[None]:
+        """On a CPU one thread: several cut a product, and a row rounds by where it stands among the cuts."""
+        if not self.config.is_batch_invariant or self.device.type != "cpu":
+            yield
+            return
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph of decoding computes this batch: answers under way alone, none of them widened."""

@@ -182,7 +182,7 @@ def test_moments_are_the_frames_of_each_video(video, other_video):
     found = evidence_of(engine, request)
     assert [item.video for item in found] == [0, 1] and all(item.is_selective for item in found)
     assert request.evidence is not None
-    counts, ids = request.evidence.counts_P(), request.input_ids
+    counts = request.evidence.counts_P()
     for item, frames in zip(found, (other_video, video), strict=True):
         assert [moment.seconds for moment in item.moments] == frames.times_seconds
         assert item.moments[0].start_seconds == 0 and item.moments[-1].end_seconds <= frames.duration_seconds
@@ -190,8 +190,7 @@ def test_moments_are_the_frames_of_each_video(video, other_video):
             assert before.end_seconds == after.start_seconds == (before.seconds + after.seconds) / 2
         assert all(0 <= moment.share <= 1 and moment.weight > 0 for moment in item.moments)
         assert item.weight == pytest.approx(sum(moment.weight for moment in item.moments))
-    first = int((ids == request.video_token_id).nonzero()[0])
-    last = int((ids == request.video_token_id).nonzero()[-1]) + 1
+    first, last = request.pictures[0].first_token, request.pictures[-1].end_token
     first -= len(engine.processor.encode_frame_text(0.0))
     in_order = sum(moment.num_tokens for item in found for moment in item.moments)
     between = last - first - in_order
