@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "print parameters, weight bytes and cache bytes of a model"
 CONTEXTS = {"32K": 32 << 10, "128K": 128 << 10, "256K": 256 << 10}
-WORK_GIB = 4.0
-# of a GPU that are kept for its driver, for activations and for scratch
+FORMAT_WORDS = {"torch.bfloat16": "bfloat16", "torch.float8_e4m3fn": "e4m3"}
 INDEX_FORMAT = "fp8 keys, one fp32 scale per token and layer"
 
 
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         table = _as_json(arguments.model, config, inventory)
         if arguments.gpu is not None:
-            table["gpu"] = [asdict(fit) for fit in _fits(arguments.gpu, config, of_rank)]
+            table["gpu"] = [asdict(fit) for fit in _fits(arguments.gpu, arguments.gpus, config, of_rank)]
         print(json.dumps(table))
     else:
         _print_tables(arguments.model, config, inventory)
@@ -70,21 +69,36 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits a GPU, of those that share a model, with weights in one format and caches as the engine has them: in bf16."""
+    """What fits a GPU, of those that share a model, with weights and caches in formats that the engine has."""
 
     weights: str
     weight_bytes: int
+    kv_format: str
+    index_format: str
     cache_bytes_per_token: int
     cache_tokens: int
+    # whole pages
     fits_whole_context: bool
 
 
-def _fits(gibibytes: float, config: "KeyeConfig", inventory: "Inventory") -> list[Fit]:
-    per_token = inventory.kv_bytes_per_token + inventory.index_bytes_per_token_bf16
-    fits = []
+def _fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory: "Inventory") -> list[Fit]:
+    """A row for every choice of `EngineConfig.experts` and `kv_cache`; index keys are what "auto" means on a GPU."""
+    import torch
+
+    from openkeye.engine.config import EngineConfig
+    from openkeye.engine.pages import CacheFormats
+    from openkeye.model.sharding import local_config
+
+    local, fits = local_config(config, num_gpus), []
     for weights, num_bytes in (("bfloat16", inventory.weight_bytes), ("experts in e4m3", inventory.weight_bytes_e4m3)):
-        tokens = max(0, int((gibibytes - WORK_GIB) * 2**30) - num_bytes) // per_token
-        fits.append(Fit(weights, num_bytes, per_token, tokens, tokens >= config.max_position_embeddings))
+        for kv_cache in ("auto", "e4m3"):
+            engine = EngineConfig(kv_cache=kv_cache)
+            formats = CacheFormats.choose(engine, torch.device("cuda"), torch.bfloat16)
+            per_token = formats.bytes_per_token(local)
+            free = max(0, int(gibibytes * 2**30) - engine.work_bytes - num_bytes)
+            tokens = free // per_token // engine.page_size * engine.page_size
+            words = (FORMAT_WORDS[str(formats.kv)], FORMAT_WORDS[str(formats.index)])
+            fits.append(Fit(weights, num_bytes, *words, per_token, tokens, tokens >= config.max_position_embeddings))
     return fits
 
 
@@ -92,14 +106,21 @@ def _print_fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory
     from rich.console import Console
     from rich.table import Table
 
+    from openkeye.engine.config import EngineConfig
+
     console = Console(width=None if sys.stdout.isatty() else 100)
     where = "on one GPU" if num_gpus == 1 else f"on each of {num_gpus} GPUs"
-    table = Table(title=f"{where} of {gibibytes:g} GiB, {WORK_GIB:g} of them kept for work")
-    for heading in ("weights", "GiB", "tokens of cache that fit", f"a context of {config.max_position_embeddings:,}"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
-    for fit in _fits(gibibytes, config, inventory):
+    work = EngineConfig().work_bytes / 2**30
+    fits = _fits(gibibytes, num_gpus, config, inventory)
+    title = f"{where} of {gibibytes:g} GiB, {work:g} of them kept for work; index keys in {fits[0].index_format}"
+    table = Table(title=title)
+    whole = f"a context of {config.max_position_embeddings:,}"
+    for heading in ("weights", "GiB", "keys, values", "bytes a token", "tokens that fit", whole):
+        table.add_column(heading, justify="left" if heading in ("weights", "keys, values") else "right")
+    for fit in fits:
         size, word = f"{fit.weight_bytes / (1 << 30):.2f}", "fits" if fit.fits_whole_context else "does not fit"
-        table.add_row(fit.weights, size, f"{fit.cache_tokens:,}", word)
+        cells = (fit.weights, size, fit.kv_format, f"{fit.cache_bytes_per_token:,}", f"{fit.cache_tokens:,}", word)
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -89,10 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _service(arguments: argparse.Namespace) -> "EngineService | WorkerService":
     """The engine that answers, not started yet."""
-    from openkeye.engine.service import EngineService
     from openkeye.engine.worker_service import WorkerService
 
     if num_ranks() > 1:
+        # Only here: it brings torch, which this process does without where a worker has the model.
+        from openkeye.engine.service import EngineService
+
         return EngineService(engine_from(arguments), max_queue=arguments.max_queue)
     return WorkerService(partial(engine_from, arguments), max_queue=arguments.max_queue)
 

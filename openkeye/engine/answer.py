@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from openkeye.engine.evidence import VideoEvidence
+from openkeye.engine.video_evidence import VideoEvidence
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from itertools import pairwise
 
-from openkeye.engine.evidence import Moment, VideoEvidence
 from openkeye.engine.request import Request
+from openkeye.engine.video_evidence import Moment, VideoEvidence
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Picture
 from openkeye.inputs.video import Frames, VideoRequest

@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from openkeye.apps import info
 from openkeye.common.checks import InputError
+from openkeye.engine.config import EngineConfig
+from openkeye.engine.pages import PagedCaches
+from openkeye.model.config import KeyeConfig
 from openkeye.model.inventory import take_inventory
-from openkeye.model.sharding import Shard
+from openkeye.model.sharding import Shard, local_config
 from openkeye.model.weights import load_model
 from tests.model.naive_keye import make_config, make_weights, write_checkpoint
 
@@ -78,15 +81,33 @@ def test_an_unknown_name_is_told(tmp_path):
         info.run(argparse.Namespace(model=str(tmp_path), json=False, gpu=None, gpus=1))
 
 
-@pytest.mark.parametrize(("gibibytes", "fits"), [(80, [False, True]), (141, [True, True]), (24, [False, False])])
+@pytest.mark.parametrize(
+    ("gibibytes", "fits"),
+    [(80, [False, True, True, True]), (141, [True] * 4), (50, [False, False, False, True]), (24, [False] * 4)],
+)
 def test_what_fits_a_gpu(capsys, gibibytes, fits):
     told = json.loads(shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", gibibytes, "--json"))["gpu"]
+    formats = [(row["weights"], row["kv_format"], row["index_format"]) for row in told]
+    assert formats == [(w, kv, "e4m3") for w in ("bfloat16", "experts in e4m3") for kv in ("bfloat16", "e4m3")]
+    # a head's 128 numbers in e4m3 have one scale of four bytes, and so has a layer's index key
+    assert [row["cache_bytes_per_token"] for row in told] == [98_304 + 3_264, 48 * 2 * 4 * 132 + 3_264] * 2
     assert [row["fits_whole_context"] for row in told] == fits
-    assert [row["weights"] for row in told] == ["bfloat16", "experts in e4m3"]
     for row in told:
-        used = row["weight_bytes"] + row["cache_tokens"] * row["cache_bytes_per_token"]
-        assert used <= max(gibibytes * 2**30, row["weight_bytes"])
+        used = row["weight_bytes"] + row["cache_tokens"] * row["cache_bytes_per_token"] + 4 * 2**30
+        assert row["cache_tokens"] % 64 == 0 and (used <= gibibytes * 2**30 or row["cache_tokens"] == 0)
     assert shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", gibibytes).count("does not fit") == fits.count(False)
+
+
+@pytest.mark.parametrize(("row", "kv_cache"), [(0, "auto"), (1, "e4m3")])
+def test_the_cache_bytes_of_a_token_are_those_of_the_pages(capsys, tmp_path, row, kv_cache):
+    config = make_config(num_attention_heads=8, num_key_value_heads=4, num_experts=8)
+    folder = write_checkpoint(tmp_path / "m", config, make_weights(config))
+    told = json.loads(shown(capsys, folder, "--gpu", 80, "--gpus", 2, "--json"))["gpu"][row]
+    model = KeyeConfig.load(folder)
+    settings = EngineConfig(cache_tokens=64, kv_cache=kv_cache, index_cache="e4m3")
+    caches = PagedCaches(local_config(model, 2), settings, torch.device("cpu"), torch.bfloat16)
+    made = sum(tensor.nbytes for tensor in vars(caches).values() if isinstance(tensor, torch.Tensor))
+    assert made == 64 * told["cache_bytes_per_token"]
 
 
 def test_what_fits_each_of_several_gpus(capsys):
@@ -96,7 +117,7 @@ def test_what_fits_each_of_several_gpus(capsys):
     )
     for number, row in zip((2, 4), shared, strict=True):
         assert alone["weight_bytes"] / number < row["weight_bytes"] < alone["weight_bytes"] / number + 2 * 2**30
-        assert row["cache_bytes_per_token"] == 98_304 // number + 6_144 and row["fits_whole_context"]
+        assert row["cache_bytes_per_token"] == 98_304 // number + 3_264 and row["fits_whole_context"]
     assert "on each of 4 GPUs of 80 GiB" in shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", 80, "--gpus", 4)
     with pytest.raises(InputError, match="3 ranks cannot share this model"):
         shown(capsys, "keye-vl-2.0-30b-a3b", "--gpu", 80, "--gpus", 3)

@@ -7,9 +7,10 @@ import torch
 from openkeye.engine import batch as batch_module
 from openkeye.engine import decode as decode_module
 from openkeye.engine.config import EngineConfig, SamplingParameters
-from openkeye.engine.evidence import SLAB_KEYS, EvidenceCounts, VideoEvidence, attention_weights
+from openkeye.engine.evidence import SLAB_KEYS, EvidenceCounts, attention_weights
 from openkeye.engine.loop import Engine
 from openkeye.engine.request import Request
+from openkeye.engine.video_evidence import VideoEvidence
 from openkeye.frameforge.writer import make_clip
 from openkeye.kernels import reference
 from openkeye.kernels.dispatch import attend_in_pages
