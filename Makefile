@@ -10,8 +10,9 @@ QUESTION ?= When is the red circle visible?
 ask: setup
 	$(BIN)/openkeye ask openkeye/media/demo.mp4 "$(QUESTION)"
 
+# A process for each core, with one thread each: the tests' products are too small to share out.
 test: setup-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 15
 
 lint: setup-dev
 	$(BIN)/ruff check .
