@@ -23,8 +23,9 @@ class EngineConfig:
     # format of index keys: "model", "e4m3" with a scale a token as published, or "auto": e4m3 on a GPU in half precision
     experts: str = "auto"
     # format of the experts' weights: "auto" is the model's dtype; "e4m3" halves it, with a scale an output column
-    has_graphs: bool = True
-    # decoding is captured in CUDA graphs, a graph for every few numbers of answers under way
+    has_graphs: bool | None = None
+    # Decoding is captured in CUDA graphs, a graph for every few numbers of answers under way. None: on one GPU it is; over
+    # several, whose sums a graph would hold too, only where True asks for it: that has never run over NCCL.
     prefill_chunk_tokens: int = 2048
     # prompt tokens of a batch, of one prompt or several; answers under way add one each
     vision_slice_pictures: int = 16

@@ -40,7 +40,8 @@ class Runner:
         local = local_config(model.config, model.shard.size)
         self.caches = PagedCaches(local, config, self.device, self.dtype, has_index=attention == "sparse")
         self.graphs: DecodeGraphs | None = None
-        if config.has_graphs and can_capture(model, self.caches, attention):
+        is_captured = model.shard.size == 1 if config.has_graphs is None else config.has_graphs
+        if is_captured and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
             shape = (config.max_batch_requests, longest, config.is_batch_invariant)
