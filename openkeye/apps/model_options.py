@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from openkeye.engine.config import SamplingParameters
     from openkeye.engine.loop import Engine
 
+GPU_CHUNK = 8192
+# prompt tokens of a batch: fewer cost a GPU more for each
+
 
 def add_model_options(parser: argparse.ArgumentParser, attention: tuple[str, ...] = ("sparse", "dense")) -> None:
     """Which checkpoint, where, with which attention; the command makes an engine, which may be one of several ranks."""
@@ -39,6 +42,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="N",
         help="tokens that the caches hold (default: on a GPU as many as fit, on a CPU 65,536)",
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=None,
+        metavar="N",
+        help="prompt tokens of a batch (default: 8,192 on a GPU, 2,048 on a CPU); fewer let answers under way go on sooner",
     )
     parser.add_argument(
         "--batch-invariant",
@@ -89,6 +99,8 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
             raise InputError(f"device {arguments.device!r} is unknown; give cpu or cuda") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
+    is_gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
+    default_chunk = GPU_CHUNK if is_gpu else EngineConfig.prefill_chunk_tokens
     try:
         config = EngineConfig(
             dense_up_to=arguments.dense_up_to,
@@ -96,6 +108,7 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
             kv_cache=arguments.kv_cache,
             cache_tokens=arguments.cache_tokens,
             is_batch_invariant=arguments.batch_invariant,
+            prefill_chunk_tokens=default_chunk if arguments.prefill_chunk is None else arguments.prefill_chunk,
         )
     except ValueError as error:
         raise InputError(str(error)) from None

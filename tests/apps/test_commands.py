@@ -64,6 +64,7 @@ def test_a_part_of_the_video_keeps_its_own_times():
         (("ask", DEMO, "x?", "--model", "/"), "config.json"),
         (("ask", DEMO, "x?", "--temperature", "-1"), "temperature"),
         (("ask", DEMO, "x?", "--device", "toaster"), "toaster"),
+        (("ask", DEMO, "x?", "--prefill-chunk", "0"), "EngineConfig.prefill_chunk_tokens is 0; give at least 1"),
         (("ask", DEMO, "x?", "--cache-tokens", "1000"), "cache_tokens 1000 must be a multiple of page_size 64"),
         (("ask", DEMO, "x?", "--dense-up-to", "-1"), "--dense-up-to is -1; give a number of tokens from 0 on"),
         (("evaluate", "frameforge", "--data", "docs"), "clips.jsonl"),
