@@ -10,7 +10,9 @@ from openkeye.kernels import (
     index_scores,
     indexer_decode,
     norm_rotary,
+    paged_reads,
     quantize,
+    router,
     sparse_attention,
     sparse_decode,
     top_k,
@@ -122,4 +124,17 @@ def decoding(capability: int) -> list[Variant]:
             shape |= {"TOGETHER": plan.num_groups, "BLOCK": plan.block, "ROWS": max(16, 8 * plan.num_groups)}
             shape |= {"MERGED": 8 * plan.num_groups}
             listed.append(make(sparse_decode._decode, pointers, shape | flags, plan.num_warps, num_stages=plan.num_stages))
+    return listed + reading_and_routing()
+
+
+def reading_and_routing() -> list[Variant]:
+    """Keys out of their pages, and the router's picks of one token and of many."""
+    listed = []
+    for cache in ("bf16", "u8"):
+        pointers = {"cache": cache, "scales": "f32", "page_table": "i32", "output": "bf16"}
+        shape = {"GROUPS": 4, "WIDTH": 128, "PADDED": 128, "PAGE_SIZE": 64, "ROWS": paged_reads.ROWS}
+        listed.append(make(paged_reads._read, pointers, shape | {"IS_E4M3": cache == "u8"}))
+    for dtype in ("bf16", "f32"):
+        shape = {"EXPERTS": 128, "PADDED": 128, "PICKED": 8, "PADDED_PICKED": 8, "ROWS": 4, "IS_NORMALISED": True}
+        listed.append(make(router._route, {"logits": dtype, "weights": dtype, "ids": "i64"}, shape))
     return listed
