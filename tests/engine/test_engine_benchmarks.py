@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import exactness, serving
+from benchmarks import exactness, invariance, serving
 from benchmarks.random_model import TOPIC_TOKENS, Unions, shape_tiny, topic_embeddings, topical_ids
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them at full size")
@@ -35,6 +35,13 @@ def test_the_engine_is_as_exact_as_the_plain_model_in_float32(capsys):
     errors = [float(largest) for _, largest in rows]
     # Index keys in the model's format twice, everything in e4m3, and the plain model against itself.
     assert errors[0] < 1e-5 and errors[1] < 1e-5 and errors[3] == 0 and 0 < errors[2] < 1
+
+
+def test_company_changes_bits_only_without_the_mode(capsys):
+    assert invariance.main(["--layers", "2", "--tokens", "4"]) == 0
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert [float(cell) for cell in rows["batch-invariant"]] == [0, 0]
+    assert max(float(cell) for cell in rows["other"]) > 0
 
 
 def test_tokens_of_a_topic_lie_close_and_a_prompt_stays_with_one():
