@@ -74,6 +74,8 @@ class Results:
     worst_prefill_ms: float = 0.0
     worst_union: float = 0.0
     # of sparse prefill at the first mark where neighbours share nothing
+    decode_floor: dict[int, float] = field(default_factory=dict)
+    # sparse / dense by the bytes that a step must read, at the marks
     batch_ms: dict[int, float] = field(default_factory=dict)
     # a step, by the number of requests
     batch_bound_ms: dict[int, float] = field(default_factory=dict)
@@ -243,6 +245,8 @@ def measure_decode(bench: Bench, results: Results) -> None:
         if num_requests < 1 or length > bench.longest:
             continue
         results.decode_batch[length] = num_requests
+        if length in bench.plan.marks:
+            results.decode_floor[length] = bytes_ratio(bench, num_requests, length)
         for attention in ("sparse", "dense"):
             bench.use(attention)
             results.decode_ms[attention][length] = bench.decode_ms(num_requests, length - DECODE_STEPS) / num_requests
@@ -332,6 +336,17 @@ def prompt_floor_seconds(bench: Bench) -> float:
     return 1e-12 * (products / rates.bf16_tflops + scores / rates.fp8_tflops)
 
 
+def bytes_ratio(bench: Bench, num_requests: int, length: int) -> float:
+    """Sparse / dense of a step in which nothing took time but reading weights, keys and values, and index keys."""
+    caches, top_k = bench.runner.caches, bench.model_config.indexer.top_k
+    kinds = {"kv": (caches.keys, caches.values, caches.key_scales, caches.value_scales)}
+    kinds["index"] = (caches.index_keys, caches.index_scales)
+    token = {name: sum(x.nbytes for x in kind if x is not None) / caches.num_slots for name, kind in kinds.items()}
+    weights = weight_bytes(bench, num_requests)
+    sparse = num_requests * (length * token["index"] + min(length, top_k) * token["kv"])
+    return (weights + sparse) / (weights + num_requests * length * token["kv"])
+
+
 def memory_bandwidth(device: str) -> float:
     """TB/s of reading and writing a large tensor."""
     if device != "cuda":
@@ -383,6 +398,8 @@ def say(results: Results, plan: Plan) -> list[str]:
         "",
         "many questions about one prompt, sparse / dense: "
         + ", ".join(f"{ms / results.shared_ms['dense'][at]:.3f} at {at}" for at, ms in results.shared_ms["sparse"].items()),
+        "bytes alone allow, contexts of their own: "
+        + ", ".join(f"{share:.3f} at {at}" for at, share in results.decode_floor.items()),
         "attention to all keys in decoding: "
         + ", ".join(f"{name} {rate:.2f} TB/s" for name, rate in results.dense_tbps.items()),
         f"neighbours that share nothing: {results.worst_union:.0f} distinct keys, {results.worst_prefill_ms:.4f} ms a token",
