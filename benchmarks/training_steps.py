@@ -10,13 +10,21 @@ from pathlib import Path
 
 import torch
 
-from openkeye.data.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, ClipText, StreamConfig, make_host_batch, to_device
+from openkeye.data.slots.frameforge_stream import (
+    NUM_COLOURS,
+    NUM_SPRITES,
+    TASKS,
+    ClipText,
+    StreamConfig,
+    make_host_batch,
+    to_device,
+)
 from openkeye.inputs.processor import Processor
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
-from openkeye.train.config import StageConfig
 from openkeye.train.initialise import initialise
-from openkeye.train.loop import Trainer
+from openkeye.train.slots.config import StageConfig
+from openkeye.train.slots.loop import Trainer
 from recipes.tiny import num_rounds, tiny
 
 

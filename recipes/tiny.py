@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from openkeye.common.checks import InputError
-from openkeye.data.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, StreamConfig, batches
+from openkeye.data.slots.frameforge_stream import NUM_COLOURS, NUM_SPRITES, TASKS, StreamConfig, batches
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
 from openkeye.model.weights import save_model
-from openkeye.train.config import StageConfig, TrainConfig
 from openkeye.train.initialise import count_parameters, initialise
-from openkeye.train.loop import Trainer
+from openkeye.train.slots.config import StageConfig, TrainConfig
+from openkeye.train.slots.loop import Trainer
 
 CHECKPOINT = Path(__file__).parent.parent / "openkeye" / "checkpoints" / "openkeye-tiny"
 

@@ -68,6 +68,11 @@ class KeyeModel(nn.Module):
             embeds = embeds.index_copy(0, pads, vectors.to(embeds.dtype))
         return embeds
 
+    def embed_at(self, input_ids_T: Tensor, media_positions_M: Tensor, vectors_MD: Tensor) -> Tensor:
+        """Token embeddings with the rows at these places overwritten, [T, hidden]; no token is taken for a pad by its id."""
+        embeds = self.model.embed_tokens(input_ids_T)
+        return embeds.index_copy(0, media_positions_M, vectors_MD.to(embeds.dtype))
+
     def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past | CachedPast) -> Tensor:
         """Run the decoder on new tokens: [T, hidden] -> normalised hidden states [T, hidden]."""
         return self.model(embeds_TD, position_ids_3T, past)

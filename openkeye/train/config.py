@@ -1,102 +1,84 @@
-"""Typed settings of a training run: a list of stages and what they share."""
+"""Typed settings of a run: sources of samples, and stages that each say what trains, on what, how fast."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from openkeye.data.config import Share, SourceConfig
+
+PARTS = ("vision", "projector", "decoder", "indexer")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stretch of a run: which clips, which attention, what learns, how fast."""
+    """One stretch of a run."""
 
     name: str
     num_steps: int
-    frame_counts: tuple[int, ...]
-    # clip lengths in frames; one is drawn for every step
-    frame_weights: tuple[float, ...] = ()
-    # how often each length is drawn; empty means equally often
+    context: int
+    # tokens of the longest document
+    mixture: tuple[Share, ...]
+    tokens_per_pack: int = 0
+    # 0: `context`
+    packs_per_step: int = 1
+    # over all ranks
+    trains: tuple[str, ...] = ("vision", "projector", "decoder")
+    # of PARTS
     attention: str = "dense"
     # "dense" or "sparse"
-    trains: str = "all"
-    # "all" or "indexer"
-    rate_start: float = 1.0
-    rate_end: float = 1.0
-    # share of the peak learning rates, linear in between
+    indexer_target: str = "none"
+    # "none": the indexer is left alone; "dense": attention's distribution over all that a token sees (warm-up);
+    # "selected": the selected softmaxes summed over heads; "selected_dense": the dense distribution cut to the selection
+    indexer_weight: float = 1.0
+    # lambda of the KL (report, sparse adaptation)
+    emulates_e4m3: bool = False
+    # the indexer's queries and keys rounded as answering in e4m3 rounds them
+    rates: Mapping[str, float] = field(default_factory=dict)
+    # peak learning rate of each part that trains; a part without one takes `rate`
+    rate: float = 1e-4
+    rate_end_share: float = 0.1
+    # of the peak, at the stage's last step (cosine)
     num_warmup_steps: int = 0
-    cell_weight_start: float = 0.0
-    cell_weight_end: float = 0.0
-    # the auxiliary loss that names colour and sprite of every cell
-    hint_weight_start: float = 0.0
-    hint_weight_end: float = 0.0
-    # attention hints (`data/hints.py`)
-    num_indexer_rows: int = 0
-    # rows of a batch on which the indexer's KL is taken, of prefixes and of slots each; 0 leaves the indexer alone
-    indexer_learns_from: str = "visible"
-    # "visible": attention's distribution over all that a row may see; "selected": over what the indexer chose
     answer_weight: float = 1.0
-    # 0 in the indexer's warm-up, where only its KL is wanted
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or not self.frame_counts or min(self.frame_counts) < 2:
-            raise ValueError(f"stage {self.name!r}: needs at least one step and clips of at least 2 frames")
-        if self.frame_weights and len(self.frame_weights) != len(self.frame_counts):
-            raise ValueError(
-                f"stage {self.name!r}: {len(self.frame_counts)} lengths but {len(self.frame_weights)} weights; give one each"
-            )
-        if self.attention not in ("dense", "sparse"):
-            raise ValueError(f"stage {self.name!r}: attention is 'dense' or 'sparse', got {self.attention!r}")
-        if self.trains not in ("all", "indexer"):
-            raise ValueError(f"stage {self.name!r}: trains is 'all' or 'indexer', got {self.trains!r}")
-        if self.indexer_learns_from not in ("visible", "selected"):
-            raise ValueError(
-                f"stage {self.name!r}: indexer_learns_from is 'visible' or 'selected', got {self.indexer_learns_from!r}"
-            )
-        if self.trains == "indexer" and not self.num_indexer_rows:
-            raise ValueError(f"stage {self.name!r} trains nothing: the indexer learns only from its KL; set num_indexer_rows")
-        if not self.num_indexer_rows and not self.answer_weight and not self.cell_weight_start:
-            raise ValueError(
-                f"stage {self.name!r} trains nothing: answer_weight, cell weights and num_indexer_rows are all zero"
-            )
+    # of the next-token loss; 0 where only the indexer learns
+    balance_weight: float = 0.0
+    # of the experts' load-balance loss
+    max_clip_seconds: float | None = None
+    video_tokens: int | None = None
+    stop_at_recall: float | None = None
+    # ends the stage early once the indexer's recall of attention's top k, averaged over layers, has reached it
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
     """A whole run."""
 
     model_dir: str
-    # folder with config.json, tokenizer and processor files; weights are written there at the end
+    # where it begins: weights, tokenizer, template, processor
+    run_dir: str
+    # checkpoints, logs and curves
+    out_dir: str
+    # the finished model in the published layout
+    sources: Mapping[str, SourceConfig]
     stages: tuple[StageConfig, ...]
     seed: int = 0
-    num_frames_per_step: int = 2048
-    slot_length: int = 56
-    muon_rate: float = 2e-3
-    adamw_rate: float = 2e-3
-    indexer_rate: float = 1e-3
+    fresh: tuple[str, ...] = ()
+    # of PARTS: initialised anew instead of loaded
+    optimizer: str = "adamw"
+    # or "muon": matrices of the trunk by orthogonalised momentum, the rest by AdamW
     weight_decay: float = 0.05
     clip: float = 1.0
-    balance_weight: float = 0.01
-    # load balance of the experts (Switch Transformer, eq. 4)
-    task_weights: dict[str, float] = field(default_factory=dict)
-    # by task name, 1.0 where a task is not named
-    num_workers: int = 0
-    log_every: int = 50
-    save_every_seconds: float = 200.0
-
-    def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("TrainConfig needs at least one stage")
-        longest = max(max(stage.frame_counts) for stage in self.stages)
-        if longest > self.num_frames_per_step:
-            raise ValueError(
-                f"a clip of {longest} frames does not fit a step of {self.num_frames_per_step}: raise num_frames_per_step"
-            )
-
-    @property
-    def num_steps(self) -> int:
-        return sum(stage.num_steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> tuple[StageConfig, int]:
-        """The stage of a step and the step's number inside it."""
-        for stage in self.stages:
-            if step < stage.num_steps:
-                return stage, step
-            step -= stage.num_steps
-        raise IndexError("step past the end of the run")
+    compute_dtype: str = "auto"
+    # "float32", "bfloat16", or "auto": bfloat16 on a GPU
+    num_shards: int = 0
+    # ranks that share one copy of the weights (FSDP2), the rest replicate; 0: all of them
+    recomputes: bool = False
+    # activations of each layer are computed again in the backward pass
+    compiles: bool = False
+    # the regions between attentions, by torch.compile
+    num_workers: int = 2
+    max_bad_share: float = 0.05
+    save_every_seconds: float = 300.0
+    log_every: int = 10
+    metrics_every: int = 50
+    # steps between measurements of the indexer's recall, mass and unique keys
+    has_tensorboard: bool = True

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openkeye.data.slot_batch import SlotLayout
+from openkeye.data.slots.slot_batch import SlotLayout
 from openkeye.model.past import IndexerOutput
-from openkeye.train.hint_loss import AttentionHints
-from openkeye.train.indexer_loss import IndexerLoss, index_scores, indexer_loss
+from openkeye.train.slots.hint_loss import AttentionHints
+from openkeye.train.slots.indexer_loss import IndexerLoss, index_scores, indexer_loss
 
 
 @dataclass

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openkeye.data.slot_batch import CellLabels
+from openkeye.data.slots.slot_batch import CellLabels
 
 EMPTY_CELL_WEIGHT = 0.1
 # of cells in which no sprite has its centre: most of them, and all alike

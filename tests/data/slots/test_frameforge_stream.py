@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openkeye.data.frameforge_stream import ClipText, StreamConfig, _straight_span, make_host_batch, to_device
+from openkeye.data.slots.frameforge_stream import ClipText, StreamConfig, _straight_span, make_host_batch, to_device
 from openkeye.frameforge.stream import make_training_clip
 from openkeye.inputs.encode import encode
 from openkeye.inputs.processor import Processor

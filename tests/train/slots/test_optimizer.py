@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from openkeye.train.optimizer import Optimizer, ParameterGroup, orthogonalise
+from openkeye.train.slots.optimizer import Optimizer, ParameterGroup, orthogonalise
 
 
 def test_orthogonalise_brings_singular_values_near_one():

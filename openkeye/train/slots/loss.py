@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openkeye.data.slot_batch import NO_LABEL
+from openkeye.data.slots.slot_batch import NO_LABEL
 
 
 @dataclass(frozen=True)

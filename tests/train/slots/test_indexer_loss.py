@@ -3,7 +3,7 @@
 import torch
 
 from openkeye.model.past import IndexerOutput
-from openkeye.train.indexer_loss import index_scores, indexer_loss
+from openkeye.train.slots.indexer_loss import index_scores, indexer_loss
 
 
 def random_case(seed: int = 0, num_keys: int = 12):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openkeye.data.hints import ANY, NUM_HOPS
-from openkeye.data.slot_batch import SlotBatch
+from openkeye.data.slots.hints import ANY, NUM_HOPS
+from openkeye.data.slots.slot_batch import SlotBatch
 
 HINTED_LAYERS = (2, 3, 4, 3, 1)
 # decoder layer of each hop; the first layer gathers times

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from openkeye.common.device import upload
-from openkeye.data.hints import ANY, HINTS_PER_SLOT, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
-from openkeye.data.slot_batch import NO_LABEL, CellLabels, SlotBatch, SlotLayout
+from openkeye.data.slots.hints import ANY, HINTS_PER_SLOT, FrameLayout, answer_hints, cell_hints, cell_map, hint_table
+from openkeye.data.slots.slot_batch import NO_LABEL, CellLabels, SlotBatch, SlotLayout
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES
 from openkeye.frameforge.questions import TASKS
 from openkeye.frameforge.render import RenderJob, join_jobs, render

@@ -3,8 +3,8 @@
 from torch import nn
 
 from openkeye.model.keye import KeyeModel
-from openkeye.train.config import TrainConfig
-from openkeye.train.optimizer import ParameterGroup
+from openkeye.train.slots.config import TrainConfig
+from openkeye.train.slots.optimizer import ParameterGroup
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "patch_embedding", "position_embedding")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openkeye.train.step_graphs import NUM_ORDINARY_RUNS, StepGraphs, clone_tensors, copy_tensors, tensors_of
+from openkeye.train.slots.step_graphs import NUM_ORDINARY_RUNS, StepGraphs, clone_tensors, copy_tensors, tensors_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openkeye.data.slot_batch import SlotLayout
+from openkeye.data.slots.slot_batch import SlotLayout
 
 NUM_HOPS = 5
 HINTS_PER_SLOT = 4

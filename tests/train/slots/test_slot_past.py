@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from openkeye.data.slot_batch import SlotLayout
+from openkeye.data.slots.slot_batch import SlotLayout
 from openkeye.kernels.reference import indexer_select, sparse_attention
 from openkeye.model.past import IndexerOutput
-from openkeye.train.slot_past import SlotPast
+from openkeye.train.slots.slot_past import SlotPast
 
 LAYOUT = SlotLayout(num_prefix=20, num_slots=3, slot_length=5)
 CLIPS = 2

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from openkeye.common.device import upload
 from openkeye.common.log import JsonLines
-from openkeye.data.slot_batch import SlotBatch
+from openkeye.data.slots.slot_batch import SlotBatch
 from openkeye.inputs.patches import Patches
 from openkeye.model.decoder import DecoderLayer
 from openkeye.model.keye import KeyeModel
-from openkeye.train.checkpoint import load_state, prefixed, save_state, under
-from openkeye.train.config import StageConfig, TrainConfig
-from openkeye.train.groups import parameter_groups
-from openkeye.train.heads import CellHead, SightHead
-from openkeye.train.hint_loss import AttentionHints
-from openkeye.train.loss import answer_loss, balance_loss
-from openkeye.train.optimizer import Optimizer
-from openkeye.train.slot_past import SlotPast
-from openkeye.train.step_graphs import StepGraphs
+from openkeye.train.slots.checkpoint import load_state, prefixed, save_state, under
+from openkeye.train.slots.config import StageConfig, TrainConfig
+from openkeye.train.slots.groups import parameter_groups
+from openkeye.train.slots.heads import CellHead, SightHead
+from openkeye.train.slots.hint_loss import AttentionHints
+from openkeye.train.slots.loss import answer_loss, balance_loss
+from openkeye.train.slots.optimizer import Optimizer
+from openkeye.train.slots.slot_past import SlotPast
+from openkeye.train.slots.step_graphs import StepGraphs
 
 SIGHT_LAYER = 2
 # the decoder layer after which cells must know what they have become since the frame before

@@ -5,8 +5,8 @@ from dataclasses import astuple
 import torch
 import torch.nn.functional as F
 
-from openkeye.data.slot_batch import NO_LABEL
-from openkeye.train.loss import answer_loss, balance_loss
+from openkeye.data.slots.slot_batch import NO_LABEL
+from openkeye.train.slots.loss import answer_loss, balance_loss
 
 
 def test_answer_loss_is_a_weighted_mean_of_task_means():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from openkeye.common.checks import InputError
-from openkeye.train import checkpoint
-from openkeye.train.checkpoint import load_state, save_state
+from openkeye.train.slots import checkpoint
+from openkeye.train.slots.checkpoint import load_state, save_state
 
 
 def test_state_goes_out_in_pieces_and_back(tmp_path, monkeypatch):

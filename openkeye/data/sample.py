@@ -1,0 +1,45 @@
+"""`Sample`: one training example as people write it, chat messages with media; and what a source of them is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from openkeye.data.document import Document
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Messages with text, pictures, videos, reasoning and tool calls, of which the assistant's are learnt."""
+
+    name: str
+    # where it comes from ("clips.jsonl:17"), for reports about it
+    messages: Sequence[Mapping[str, Any]]
+    # see `openkeye.inputs.messages`; an assistant's message with "learn": False is read and not learnt
+    branches: Sequence[Sequence[Mapping[str, Any]]] = ()
+    # conversations that each go on from `messages` and never see one another: many questions about one video, read once
+    tools: Sequence[Mapping[str, Any]] = ()
+    task: str = ""
+    # under which losses and scores are told apart
+    video_options: Mapping[str, Any] = field(default_factory=dict)
+    # limits of its videos that differ from the stage's (`inputs.messages.VIDEO_OPTIONS`)
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise ValueError(f"{self.name}: a sample needs at least one message")
+
+
+class Source(Protocol):
+    """Samples by number: the same number gives the same sample on every rank and in every run."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """None for a source without end."""
+        ...
+
+    def read(self, index: int) -> Sample | Document:
+        """The sample of a number from 0 on; a source may hand out finished documents.
+
+        Raises:
+            InputError: the sample cannot be used; the message names it. The loader counts it and goes on.
+        """
+        ...
