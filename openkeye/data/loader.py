@@ -16,7 +16,7 @@ from typing import Any, Self
 from openkeye.common.checks import InputError
 from openkeye.data.config import LoaderConfig
 from openkeye.data.document import Document
-from openkeye.data.lane import LOOKAHEAD_PACKS, Lane
+from openkeye.data.lane import Lane
 from openkeye.data.mixture import Mixture
 from openkeye.data.packed_batch import PackedBatch
 from openkeye.data.reading import BadSample, InProcessReading, Reading, SampleReader
@@ -268,5 +268,5 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _open_reading(reader: SampleReader, config: LoaderConfig, num_lanes: int) -> Reading:
     if config.num_workers == 0:
         return InProcessReading(reader)
-    max_held_tokens = LOOKAHEAD_PACKS * config.tokens_per_pack * num_lanes
+    max_held_tokens = config.tokens_per_pack * num_lanes
     return ReadingPool(reader, config.num_workers, max_held_tokens, config.max_read_seconds)

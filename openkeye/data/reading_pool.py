@@ -140,12 +140,12 @@ class ReadingPool:
             or number in self._done
             or any(worker.task is not None and worker.task.number == number for worker in self._workers)
         ), "a document is taken once"
-        self._give_out(number)
         self._collect(0.0)
+        self._give_out(number)
         while number not in self._done:
-            self._give_out(number)
             self._collect(self._seconds_to_deadline())
             self._replace_late()
+            self._give_out(number)
         outcome = self._done.pop(number)
         if isinstance(outcome, Document):
             self._held_tokens -= outcome.num_tokens
@@ -172,8 +172,9 @@ class ReadingPool:
                 continue
             if not worker.process.is_alive():
                 # It died idle (a leak, the system's killer): no sample's fault.
+                fresh = _Worker(self._pickled_reader)
                 worker.end()
-                worker = self._workers[place] = _Worker(self._pickled_reader)
+                worker = self._workers[place] = fresh
             if urgent in self._waiting:
                 worker.give(self._waiting.pop(urgent))
             elif self._held_tokens < self._max_held_tokens:
@@ -216,7 +217,7 @@ class ReadingPool:
 
     def _replace_late(self) -> None:
         """A worker whose time is over hangs, unless its answer is at the pipe already."""
-        for worker in self._workers:
+        for worker in list(self._workers):
             is_late = worker.task is not None and time.monotonic() - worker.since >= self._limit_seconds(worker)
             if is_late and not worker.connection.poll():
                 self._replace(worker, is_late=True)
@@ -225,6 +226,8 @@ class ReadingPool:
         """Put a fresh worker in the place of one; its sample goes there, or is bad if it has had its tries."""
         task = worker.task
         assert task is not None
+        place = self._workers.index(worker)
+        self._workers.pop(place)
         how = worker.end(is_dying=not is_late)
         if is_late:
             how = f"it was not done after {self._limit_seconds(worker):g} s"
@@ -238,7 +241,7 @@ class ReadingPool:
                     "What they printed says why; num_workers=0 reads in this process"
                 )
         fresh = _Worker(self._pickled_reader)
-        self._workers[self._workers.index(worker)] = fresh
+        self._workers.insert(place, fresh)
         if task.num_tries < MAX_TRIES:
             fresh.give(task)
         else:

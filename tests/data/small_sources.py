@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,35 +65,34 @@ class FinishedSource:
 
 @dataclass(frozen=True)
 class DeadlySource:
-    """One sample ends the process that reads it: so often, then it reads well."""
+    """Some samples end the process that reads them: so often, then they read well."""
 
     folder: str
-    # where each attempt leaves a file
-    deadly_index: int
-    num_deaths: int
-    how: str = "kill"
-    # "kill", "exit", "hang", "memory", "mistake"
+    # where each attempt leaves a file INDEX_PROCESS
+    ends: Mapping[int, tuple[str, int]]
+    # by sample: how ("kill", "exit", "hang", "memory", "mistake") and how often
     num_samples: int = 40
 
     def read(self, index: int) -> Document:
-        if index == self.deadly_index:
-            attempts = len(list(Path(self.folder).glob("attempt_*")))
-            if attempts < self.num_deaths:
-                (Path(self.folder) / f"attempt_{attempts}_{os.getpid()}").touch()
-                self._end()
+        how, num_deaths = self.ends.get(index, ("", 0))
+        if len(list(Path(self.folder).glob(f"{index}_*"))) < num_deaths:
+            (Path(self.folder) / f"{index}_{os.getpid()}").touch()
+            end_process(how)
         return document(f"deadly:{index}", 10)
 
-    def _end(self) -> None:
-        if self.how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self.how == "exit":
-            os._exit(9)
-        elif self.how == "hang":
-            time.sleep(1000)
-        elif self.how == "memory":
-            raise MemoryError
-        else:
-            raise KeyError("a mistake in code")
+
+def end_process(how: str) -> None:
+    """In one of the ways of `DeadlySource`."""
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "exit":
+        os._exit(9)
+    elif how == "hang":
+        time.sleep(1000)
+    elif how == "memory":
+        raise MemoryError
+    else:
+        raise KeyError("a mistake in code")
 
 
 def convert(sample: Sample) -> Document:
