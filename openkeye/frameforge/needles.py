@@ -81,9 +81,9 @@ def make_sparse_scene(rng: np.random.Generator, start_seconds: float, end_second
 
 def _event(rng: np.random.Generator, part_start: float, part_length: float) -> Interval:
     shortest, longest = EVENT_SECONDS
-    length = min(float(rng.uniform(shortest, longest)), 0.8 * part_length)
-    # A tenth of the part stays free at both ends, so that neighbours never touch.
-    first = part_start + float(rng.uniform(0.1 * part_length, 0.9 * part_length - length))
+    length = min(float(rng.uniform(shortest, longest)), 0.7 * part_length)
+    # An eighth of the part stays free at both ends, so that sampling at 2 fps sees the gap to any neighbour.
+    first = part_start + float(rng.uniform(0.125, 0.875 - length / part_length)) * part_length
     return first, first + length
 
 

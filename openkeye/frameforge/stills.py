@@ -118,7 +118,9 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
     if not aside:
         return None
     track = _any(rng, aside)
-    text = f"Is the {scene.name(track)} on the left or on the right?" if axis == 0 else f"Is the {scene.name(track)} up or down?"
+    text = (
+        f"Is the {scene.name(track)} on the left or on the right?" if axis == 0 else f"Is the {scene.name(track)} up or down?"
+    )
     side_name = low if track.path[0][1 + axis] < 0.5 else high
     return Question("place", text, f"On the {side_name}." if axis == 0 else f"{side_name.capitalize()}.")
 

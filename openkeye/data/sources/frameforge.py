@@ -130,7 +130,9 @@ def parse_frames(text: str) -> list[tuple[int, int, float]]:
         try:
             rows.append((int(low), int(high or low), float(weight or 1.0)))
         except ValueError:
-            raise InputError(f"frames are {text!r}; give numbers or ranges with weights, such as 16..60:3,600..2400:1") from None
+            raise InputError(
+                f"frames are {text!r}; give numbers or ranges with weights, such as 16..60:3,600..2400:1"
+            ) from None
     if any(not 16 <= low <= high or weight < 0 for low, high, weight in rows) or not sum(weight for *_, weight in rows) > 0:
         raise InputError(f"frames are {text!r}; give ranges from 16 on, the smaller number first, and weights above 0")
     return rows
