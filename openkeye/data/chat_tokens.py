@@ -6,6 +6,7 @@ Letters: L tokens of a document.
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class ChatTokens:
         one, two, three, four, five = MARKS
         image, video = "<|image_pad|>", "<|video_pad|>"
         texts = {mark: {"type": "text", "text": mark} for mark in MARKS}
-        chat = [
+        chat: list[dict[str, Any]] = [
             {"role": "user", "content": [texts[one], {"type": "image"}, texts[two], {"type": "video"}, texts[three]]},
             {"role": "assistant", "content": four},
             {"role": "user", "content": [texts[five]]},

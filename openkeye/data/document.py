@@ -6,7 +6,7 @@ Letters: L tokens of a document, M media tokens (pads that a picture's vectors r
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,25 +31,23 @@ class Pictures(Protocol):
 class JointlyDrawn(Pictures, Protocol):
     """Pictures that cost less when several records of their class are drawn at once."""
 
-    def patches_of_all(self, group: Sequence[Self], device: torch.device | str) -> list[Patches]:
-        """The patches of each record of a group, the same as each one's own."""
+    def patches_of_all(self, group: Sequence[Any], device: torch.device | str) -> list[Patches]:
+        """The patches of each record of a group, all of this class, the same as each one's own."""
         ...
 
 
 def draw_pictures(pictures: Sequence[Pictures], device: torch.device | str) -> Patches | None:
     """All pictures as patches on the device, in order, records of one class together where that helps; None for none."""
     parts: dict[int, Patches] = {}
-    groups: dict[type, list[int]] = {}
+    groups: dict[type, dict[int, JointlyDrawn]] = {}
     for number, record in enumerate(pictures):
         if isinstance(record, JointlyDrawn):
-            groups.setdefault(type(record), []).append(number)
+            groups.setdefault(type(record), {})[number] = record
         else:
             parts[number] = record.patches(device)
-    for numbers in groups.values():
-        group = [pictures[number] for number in numbers]
-        first = group[0]
-        assert isinstance(first, JointlyDrawn)
-        parts |= dict(zip(numbers, first.patches_of_all(group, device), strict=True))
+    for group in groups.values():
+        records = list(group.values())
+        parts |= zip(group, records[0].patches_of_all(records, device), strict=True)
     return join_patches([parts[number] for number in range(len(pictures))])
 
 

@@ -1,4 +1,4 @@
-"""Long videos in which little happens: a few events of seconds, spread over minutes or an hour; and one needle at a given depth."""
+"""Long videos in which little happens: a few events of seconds, spread over minutes or an hour; one needle at a given depth."""
 
 from dataclasses import dataclass
 

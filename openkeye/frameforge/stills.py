@@ -25,8 +25,8 @@ def make_still(rng: np.random.Generator) -> Scene:
     tracks = []
     for cell, (sprite, colour, texture, size) in zip(cells, looks, strict=True):
         x, y = 0.2 + 0.3 * (cell % 3), 0.36 + 0.28 * (cell // 3)
-        place = (0.0, x + float(rng.uniform(-0.04, 0.04)), y + float(rng.uniform(-0.03, 0.03)))
-        tracks.append(Track(sprite, colour, texture, size, SHOWN, (place,), 0))
+        spot = ((0.0, x + float(rng.uniform(-0.04, 0.04)), y + float(rng.uniform(-0.03, 0.03))),)
+        tracks.append(Track(sprite, colour, texture, size, SHOWN, spot, 0))
     for low, high, band in ((FIRST_WORD, FIRST_NUMBER, 0.1), (FIRST_NUMBER, len(SPRITES), 0.9)):
         if rng.random() < 0.6:
             place = ((0.0, float(rng.uniform(0.3, 0.7)), band),)
@@ -85,7 +85,7 @@ def _counting(scene: Scene, rng: np.random.Generator) -> Question:
     else:
         shapes = [track.sprite for track in scene.objects if track.sprite < len(SHAPES)]
         sprite = _any(rng, shapes) if shapes and rng.random() < 0.6 else int(rng.integers(len(SHAPES)))
-        noun, number = "crosses" if SHAPES[sprite] == "cross" else f"{SHAPES[sprite]}s", 0
+        noun = "crosses" if SHAPES[sprite] == "cross" else f"{SHAPES[sprite]}s"
         number = sum(track.sprite == sprite for track in scene.objects)
     text = _any(rng, ["How many {} are there?", "Count the {}.", "What is the number of {}?"]).format(noun)
     return Question("counting", text, f"{number}.")
@@ -121,8 +121,8 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
     text = (
         f"Is the {scene.name(track)} on the left or on the right?" if axis == 0 else f"Is the {scene.name(track)} up or down?"
     )
-    side_name = low if track.path[0][1 + axis] < 0.5 else high
-    return Question("place", text, f"On the {side_name}." if axis == 0 else f"{side_name.capitalize()}.")
+    where = low if track.path[0][1 + axis] < 0.5 else high
+    return Question("place", text, f"On the {where}." if axis == 0 else f"{where.capitalize()}.")
 
 
 def _reading(scene: Scene, rng: np.random.Generator) -> Question | None:

@@ -100,7 +100,7 @@ def make_clip(seed: int, index: int, tier_name: str = "standard", seconds: tuple
 
 
 def needle_of(seed: int, index: int, minutes: float, depth: float) -> Needle:
-    """A video with one needle, never one that training has seen; its looks are those of (seed, index) at every length and depth."""
+    """A video with one needle, never one that training has seen; (seed, index) looks the same at every length and depth."""
     return make_needle(np.random.default_rng([FILE_SPACE, seed, index, NEEDLE_NUMBER]), minutes, depth, SAMPLED_FPS)
 
 

@@ -1,13 +1,13 @@
 """FrameForge as sources of finished documents: clips, pictures, text and captions, by number and without end.
 
-Everything is a function of (seed, number). Workers send what is to be drawn, and the training device draws it. Seeds are those of
-training (`stream.TRAINING_SPACE`): no clip of an evaluation is among them.
+Everything is a function of (seed, number). Workers send what is to be drawn, and the training device draws it. Seeds are of
+`stream.TRAINING_SPACE`: no clip of an evaluation is among them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -317,7 +317,7 @@ def frameforge_source(reader: str, model_dir: str, options: Mapping[str, Any]) -
     if reader not in READERS:
         raise InputError(f"FrameForge has no reader {reader!r}; choose from {', '.join(READERS)}")
     source, record = READERS[reader]
-    known = {field.name: field.type for field in fields(record)}
+    known = get_type_hints(record)
     given = dict(options)
     seed = given.pop("seed", 0)
     unknown = sorted(set(given) - set(known))

@@ -52,7 +52,7 @@ def generic(document: Document, processor: Processor) -> list[tuple[list[int], t
     """
     pictures = [record.patches("cpu") for record in document.pictures]
     trunk_end = document.segments[0][1]
-    paths = [segment for segment in document.segments[1:]] or [(trunk_end, trunk_end)]
+    paths = list(document.segments[1:]) or [(trunk_end, trunk_end)]
     found = []
     for start, end in paths:
         ids = torch.cat([document.input_ids[:trunk_end], document.input_ids[start:end]]).tolist()
@@ -197,7 +197,7 @@ def test_no_text_falls_to_pieces(processor):
             ids = source.read(index).input_ids.tolist()
             text = processor.decode(ids, skip_special_tokens=False)
             assert "\ufffd" not in text
-            words = {word for word in re.sub(r"<[^>]*>|[^a-zA-Z]", " ", text).split()}
+            words = set(re.sub(r"<[^>]*>|[^a-zA-Z]", " ", text).split())
             assert max(len(processor.encode_text(" " + word)) for word in words) <= 6
 
 
