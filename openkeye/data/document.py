@@ -6,7 +6,7 @@ Letters: L tokens of a document, M media tokens (pads that a picture's vectors r
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,30 @@ class Pictures(Protocol):
     def patches(self, device: torch.device | str) -> Patches:
         """All of them as patches on the device, in order."""
         ...
+
+
+@runtime_checkable
+class JointlyDrawn(Pictures, Protocol):
+    """Pictures that cost less when several records of their class are drawn at once."""
+
+    def patches_of_all(self, group: Sequence[Any], device: torch.device | str) -> list[Patches]:
+        """The patches of each record of a group, all of this class, the same as each one's own."""
+        ...
+
+
+def draw_pictures(pictures: Sequence[Pictures], device: torch.device | str) -> Patches | None:
+    """All pictures as patches on the device, in order, records of one class together where that helps; None for none."""
+    parts: dict[int, Patches] = {}
+    groups: dict[type, dict[int, JointlyDrawn]] = {}
+    for number, record in enumerate(pictures):
+        if isinstance(record, JointlyDrawn):
+            groups.setdefault(type(record), {})[number] = record
+        else:
+            parts[number] = record.patches(device)
+    for group in groups.values():
+        records = list(group.values())
+        parts |= zip(group, records[0].patches_of_all(records, device), strict=True)
+    return join_patches([parts[number] for number in range(len(pictures))])
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from openkeye.common.device import upload
-from openkeye.data.document import Document, Pictures
-from openkeye.inputs.patches import Patches, join_patches
+from openkeye.data.document import Document, Pictures, draw_pictures
+from openkeye.inputs.patches import Patches
 
 NO_LABEL = -1
 
@@ -78,7 +78,7 @@ class PackedBatch:
 
     def patches(self) -> Patches | None:
         """All pictures as patches on the batch's device; None where there are none."""
-        return join_patches([pictures.patches(self.device) for pictures in self.pictures])
+        return draw_pictures(self.pictures, self.device)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same on a device; pictures are drawn there."""

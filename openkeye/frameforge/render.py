@@ -3,7 +3,7 @@
 Letters: F frames (of all clips together), B clips, S canvas side in pixels, N sprite instances of a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,6 +137,17 @@ def join_jobs(jobs: list[RenderJob]) -> RenderJob:
         np.concatenate([job.noise for job in jobs]),
         tuple(count for job in jobs for count in job.num_frames),
     )
+
+
+def split_job(job: RenderJob, max_frames: int) -> Iterator[RenderJob]:
+    """The same frames as jobs of at most `max_frames`, in order; clips are cut where a job is full."""
+    clip_of_frame = np.repeat(np.arange(len(job.num_frames)), job.num_frames)
+    for first in range(0, len(clip_of_frame), max_frames):
+        clips, counts = np.unique(clip_of_frame[first : first + max_frames], return_counts=True)
+        is_inside = (job.instances[:, 0] >= first) & (job.instances[:, 0] < first + max_frames)
+        table = job.instances[is_inside]
+        table[:, 0] -= first
+        yield RenderJob(*_in_drawing_order(table), job.backgrounds[clips], job.noise[clips], tuple(counts.tolist()))
 
 
 def render(job: RenderJob, side: int, device: torch.device | str) -> Tensor:

@@ -134,7 +134,7 @@ def overlap_seconds(first: Track, second: Track) -> float:
 
 
 def _draw_scene(rng: np.random.Generator, start_seconds: float, end_seconds: float, settings: SceneSettings) -> Scene:
-    counted, looks = _draw_looks(rng, settings.max_objects)
+    counted, looks = draw_looks(rng, settings.max_objects)
     tracks: list[Track] = []
     roles = dict(zip(("mover", "repeated"), (int(n) for n in rng.permutation(len(looks))[:2]), strict=True))
     mover_kind = "mover" if rng.random() < 0.6 else "turner"
@@ -144,24 +144,26 @@ def _draw_scene(rng: np.random.Generator, start_seconds: float, end_seconds: flo
     for number, (sprite, colour, texture, size) in enumerate(looks):
         if number == roles.get("mover"):
             intervals = (_event(rng, start_seconds, end_seconds, 2.5, 9.0),)
-            path, direction, turn = _straight_path(rng, intervals[0])
+            path, direction, turn = straight_path(rng, intervals[0])
         elif number == roles.get("turner"):
             intervals = (_event(rng, start_seconds, end_seconds, 4.0, 12.0),)
-            path, direction, turn = _turning_path(rng, intervals[0])
+            path, direction, turn = turning_path(rng, intervals[0])
         else:
             times = int(rng.integers(1, 4)) if number == roles["repeated"] else 1 + int(rng.random() < 0.2)
             intervals = _events(rng, start_seconds, end_seconds, settings.min_event_seconds, times)
-            path, direction, turn = _idle_path(rng, intervals, tracks), None, None
+            path, direction, turn = idle_path(rng, intervals, tracks), None, None
         tracks.append(Track(sprite, colour, texture, size, intervals, path, int(layers[number]), direction, turn))
     tracks += _captions(rng, start_seconds, end_seconds, len(looks))
-    return Scene(start_seconds, end_seconds, tuple(tracks), _background(rng), roles, counted)
+    return Scene(start_seconds, end_seconds, tuple(tracks), draw_background(rng), roles, counted)
 
 
-def _draw_looks(rng: np.random.Generator, max_objects: int) -> tuple[tuple[str, int], list[tuple[int, int, int, int]]]:
+def draw_looks(
+    rng: np.random.Generator, max_objects: int, min_objects: int = 2
+) -> tuple[tuple[str, int], list[tuple[int, int, int, int]]]:
     """Sprite, colour, texture and size of every object, with a chosen number of one colour or shape."""
     kind = "colour" if rng.random() < 0.5 else "shape"
     target = int(rng.integers(0, 5))
-    num_objects = int(rng.integers(max(2, target), max_objects + 1))
+    num_objects = int(rng.integers(max(min_objects, target), max_objects + 1))
     wanted = int(rng.integers(len(COLOUR_NAMES) if kind == "colour" else 6))
     looks: list[tuple[int, int, int, int]] = []
     while len(looks) < num_objects:
@@ -220,7 +222,7 @@ def _events(rng: np.random.Generator, start: float, end: float, shortest: float,
     return tuple(intervals)
 
 
-def _straight_path(rng: np.random.Generator, interval: Interval) -> tuple[tuple, str, None]:
+def straight_path(rng: np.random.Generator, interval: Interval) -> tuple[tuple, str, None]:
     direction = str(rng.choice(list(DIRECTIONS)))
     step_x, step_y = DIRECTIONS[direction]
     length = float(rng.uniform(0.4, 0.7))
@@ -229,7 +231,7 @@ def _straight_path(rng: np.random.Generator, interval: Interval) -> tuple[tuple,
     return ((first, x, y), (last, x + step_x * length, y + step_y * length)), direction, None
 
 
-def _turning_path(rng: np.random.Generator, interval: Interval) -> tuple[tuple, str, float]:
+def turning_path(rng: np.random.Generator, interval: Interval) -> tuple[tuple, str, float]:
     direction = str(rng.choice(list(DIRECTIONS)))
     step_x, step_y = DIRECTIONS[direction]
     first, last = interval
@@ -254,7 +256,7 @@ def _lane(rng: np.random.Generator, step_x: float, step_y: float, length: float)
     return across, (begin if step_y > 0 else begin + length)
 
 
-def _idle_path(rng: np.random.Generator, intervals: tuple[Interval, ...], others: list[Track]) -> tuple:
+def idle_path(rng: np.random.Generator, intervals: tuple[Interval, ...], others: list[Track]) -> tuple:
     """Standing, drifting or bobbing, in the freest of a few random places."""
     places = rng.uniform(0.15, 0.85, (6, 2))
     taken = np.array([track.path[0][1:] for track in others]).reshape(-1, 2)
@@ -301,7 +303,7 @@ def _captions(rng: np.random.Generator, start: float, end: float, num_objects: i
     return tracks
 
 
-def _background(rng: np.random.Generator) -> Background:
+def draw_background(rng: np.random.Generator) -> Background:
     kind = str(rng.choice(BACKGROUNDS))
     first = _colour(rng, 150)
     second = first if kind in ("plain", "noisy") else _colour(rng, 190)

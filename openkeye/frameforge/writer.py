@@ -19,6 +19,7 @@ import torch
 
 from openkeye.common.checks import InputError, writing_to
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SPRITES, TEXTURES
+from openkeye.frameforge.needles import Needle, make_needle, make_sparse_scene
 from openkeye.frameforge.questions import Question, make_questions
 from openkeye.frameforge.render import render, scene_job
 from openkeye.frameforge.scene import Scene, SceneSettings, make_scene
@@ -36,10 +37,22 @@ class Tier:
     fps: int
     side: int
     # pixels
-    min_event_seconds: float
+    number: int
+    # part of every seed: a new tier must not change the clips of others
+    min_event_seconds: float = 2.0
+    is_sparse: bool = False
+    # a few short events (`needles.make_sparse_scene`)
+    num_rounds: int = 1
+    # of questions
 
 
-TIERS = {"standard": Tier((8.0, 30.0), 10, 168, 1.5), "long": Tier((60.0, 300.0), 6, 128, 2.0)}
+TIERS = {
+    "standard": Tier((8.0, 30.0), 10, 168, 1, min_event_seconds=1.5),
+    "long": Tier((60.0, 300.0), 6, 128, 0),
+    "hour": Tier((3600.0, 3600.0), 2, 128, 2, is_sparse=True, num_rounds=2),
+}
+NEEDLE_NUMBER = 3
+# the place of `needle_of` among the tiers' seeds
 
 
 @dataclass(frozen=True)
@@ -67,15 +80,28 @@ class ClipFile:
 
 
 def make_clip(seed: int, index: int, tier_name: str = "standard", seconds: tuple[float, float] | None = None) -> Clip:
-    """The scene and questions of one clip; never one that training has seen (`stream.FILE_SPACE`)."""
+    """The scene and questions of one clip; never one that training has seen (`stream.FILE_SPACE`).
+
+    Raises:
+        InputError: the hour tier with clips of less than a minute.
+    """
     tier = TIERS[tier_name]
-    rng = np.random.default_rng([FILE_SPACE, seed, index, sorted(TIERS).index(tier_name)])
+    rng = np.random.default_rng([FILE_SPACE, seed, index, tier.number])
     num_frames = round(float(rng.uniform(*(seconds or tier.seconds))) * tier.fps)
-    scene = make_scene(rng, 0.0, num_frames / tier.fps, SceneSettings(tier.min_event_seconds))
+    if tier.is_sparse:
+        scene = make_sparse_scene(rng, 0.0, num_frames / tier.fps)
+    else:
+        scene = make_scene(rng, 0.0, num_frames / tier.fps, SceneSettings(tier.min_event_seconds))
     # The even sampling of a file at 2 frames a second: both ends included, nearest frames of the file.
     num_sampled = max(2, int(num_frames / tier.fps * SAMPLED_FPS))
     sampled = np.rint(np.linspace(0, num_frames - 1, num_sampled)) / tier.fps
-    return Clip(f"{tier_name}-{seed}-{index:05d}.mp4", scene, make_questions(scene, rng, sampled), num_frames, tier)
+    questions = make_questions(scene, rng, sampled, tier.num_rounds)
+    return Clip(f"{tier_name}-{seed}-{index:05d}.mp4", scene, questions, num_frames, tier)
+
+
+def needle_of(seed: int, index: int, minutes: float, depth: float) -> Needle:
+    """A video with one needle, never one that training has seen; (seed, index) looks the same at every length and depth."""
+    return make_needle(np.random.default_rng([FILE_SPACE, seed, index, NEEDLE_NUMBER]), minutes, depth, SAMPLED_FPS)
 
 
 def film(clip: Clip, path: Path) -> None:

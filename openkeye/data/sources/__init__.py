@@ -1,0 +1,1 @@
+"""Where samples come from: readers of files, and FrameForge, which draws its own."""
