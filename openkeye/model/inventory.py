@@ -73,6 +73,7 @@ PART_MARKS = (
     ("attention", ".self_attn."),
     ("router", ".mlp.gate."),
     ("experts", ".mlp.experts."),
+    ("dense MLPs", ".mlp."),
     ("output head", "lm_head."),
     ("decoder norms", "norm"),
 )

@@ -1,7 +1,7 @@
 """Checkpoints of the published layout in and out: strict, so that no tensor is ever left random or dropped in silence.
 
 A folder holds `config.json` and either `model.safetensors` or shards named by `model.safetensors.index.json`. Experts are
-fused 3-D tensors; the un-fused names of other releases are accepted and stacked.
+fused 3-D tensors; the un-fused names of other releases are accepted and stacked. A dense model has the usual names.
 """
 
 import json
@@ -197,10 +197,12 @@ def load_model(
 
     Raises:
         InputError: a file is missing or unreadable, or names or shapes differ from what config.json asks for; all are listed;
-            or the ranks cannot share this model.
+            or the ranks cannot share this model; or experts in e4m3 of a model that has none.
     """
     folder = Path(model_dir)
     config = KeyeConfig.load(folder)
+    if are_experts_e4m3 and not config.num_experts:
+        raise InputError(f"{folder}: experts in e4m3 were asked for, but this model has a dense MLP; leave the option out")
     with torch.device("meta"):
         model = KeyeModel(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
