@@ -82,7 +82,10 @@ class Fit:
 
 
 def _fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory: "Inventory") -> list[Fit]:
-    """A row for every choice of `EngineConfig.experts`, where there are any, and `kv_cache`; index keys are what "auto" means on a GPU."""
+    """A row for every choice of `EngineConfig.experts` (of a model that has some) and `kv_cache`.
+
+    Index keys are what "auto" means on a GPU.
+    """
     import torch
 
     from openkeye.engine.config import EngineConfig

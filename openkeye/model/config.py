@@ -152,8 +152,7 @@ class KeyeConfig:
             raise InputError(
                 f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}"
             )
-        scale = self.indexer.head_dim / self.head_dim
-        if any(section * scale % 1 for section in self.mrope_section):
+        if any(section * self.indexer.head_dim % self.head_dim for section in self.mrope_section):
             raise InputError(
                 f"sa_config: indexer_head_dim {self.indexer.head_dim} does not scale mrope_section {list(self.mrope_section)} "
                 "to whole numbers"
@@ -252,7 +251,9 @@ def _check_supported(raw: dict[str, Any]) -> None:
         if raw.get(key):
             raise InputError(f"config.json: {key} is true; this architecture has no such biases")
     if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-        raise InputError("config.json: every layer must be a mixture of experts, or none (mlp_only_layers [], decoder_sparse_step 1)")
+        raise InputError(
+            "config.json: every layer must be a mixture of experts, or none (mlp_only_layers [], decoder_sparse_step 1)"
+        )
 
 
 def _rope_scaling_from_dict(raw: dict[str, Any]) -> RopeScaling | None:

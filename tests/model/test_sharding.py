@@ -110,14 +110,14 @@ def test_other_ranks_parts_are_not_read(folder, monkeypatch):
         num_read += tensor.nbytes
         return tensor
 
-    opened = weights_module._open_weights
+    opened = weights_module.open_weights
 
     @contextmanager
     def open_weights(path: Path):
         with opened(path) as file:
             yield File(file)
 
-    monkeypatch.setattr(weights_module, "_open_weights", open_weights)
+    monkeypatch.setattr(weights_module, "open_weights", open_weights)
     held = sum(tensor.nbytes for tensor in load_model(folder, shard=Shard(1, 4)).state_dict().values())
     assert num_read == held
     load_model(folder)
