@@ -37,7 +37,7 @@ COPIED = (
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: "
     "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}\n"
+    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 # for a checkpoint without a chat template: a model that was never taught to chat at least sees who speaks
@@ -74,7 +74,9 @@ class SourceWeights:
                         raise InputError(f"{folder}: {name} is in {self.path_of[name].name} and in {path.name}")
                     header = file.get_slice(name)
                     if header.get_dtype() not in ITEM_BYTES:
-                        raise InputError(f"{path}: {name} is {header.get_dtype()}; give the checkpoint in bfloat16 or float32")
+                        raise InputError(
+                            f"{path}: {name} is {header.get_dtype()}; give the checkpoint in bfloat16, not quantised"
+                        )
                     self.path_of[name], self.shape_of[name] = path, tuple(header.get_shape())
                     self.item_bytes_of[name] = ITEM_BYTES[header.get_dtype()]
 
@@ -190,8 +192,6 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     share = raw.get("partial_rotary_factor", (raw.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0))
     if share not in (None, 1, 1.0):
         raise InputError(f"config.json: partial_rotary_factor is {share}; only heads turned whole are supported")
-    if raw.get("quantization_config"):
-        raise InputError("config.json: the weights are quantised (quantization_config); give the checkpoint in bfloat16")
 
 
 def rotary_sections(head_dim: int, index_dim: int) -> tuple[int, int, int]:

@@ -20,36 +20,15 @@ from openkeye.model.keye import KeyeModel
 from openkeye.model.past import PlainPast
 from openkeye.model.rotary import mrope_table
 from openkeye.model.weights import load_model
-from tests.inputs.checkpoint import write_checkpoint
 from tests.model.naive_keye import make_config
-
-transformers = pytest.importorskip("transformers")
+from tests.model.other_families import SHAPE, write_source
 
 INDEXER = IndexerConfig(num_heads=4, head_dim=16, top_k=8)
-SHAPE: dict[str, Any] = {
-    "vocab_size": 308, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "eos_token_id": 2,
-}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-
-
-def write_source(folder: Path, family: str = "Llama", **changes: Any) -> tuple[Path, Any]:
-    """A folder as `save_pretrained` leaves it, with a tokenizer, and the model."""
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().to(config.dtype or torch.float32)
-    for name, parameter in model.named_parameters():
-        # Their own initialisation is so small that attention would be flat.
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim == 1 else 0.15)
-    model.save_pretrained(folder)
-    write_checkpoint(folder.with_name("tokenizer"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((folder.with_name("tokenizer") / name).read_text())
-    return folder, model
 
 
 def rewrite(path: Path, **changes: Any) -> None:
@@ -161,7 +140,6 @@ def test_the_new_configuration_is_read_back_as_itself(tmp_path):
         ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64}, "sliding_window is 64"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0], **EXPERTS}, "mixture of experts"),
         ({"intermediate_size": 81}, r"gate_proj.weight is \[80, 48\] instead of \[81, 48\]"),
         ({"model_type": "qwen3"}, r"missing model.layers.0.self_attn.q_norm.weight"),
@@ -176,6 +154,15 @@ def test_what_would_compute_otherwise_is_refused(tmp_path, changes, told):
         convert_checkpoint(source, tmp_path / "keye", INDEXER)
     assert "\n" not in str(refusal.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "tokenizer"}
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    source, _ = write_source(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is F8_E4M3; give the checkpoint in bfloat16"):
+        convert_checkpoint(source, tmp_path / "keye", INDEXER)
 
 
 def test_a_head_unlike_tied_embeddings_is_refused(tmp_path):
