@@ -1,17 +1,19 @@
-"""`openkeye ask VIDEO QUESTION`: one question, answered as it is generated."""
+"""`openkeye ask [VIDEO] QUESTION`: one question, answered as it is generated."""
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from openkeye.apps.model_options import add_model_options, add_sampling_options, add_video_options, engine_from, sampling_from
+from openkeye.common.checks import InputError
 
-SUMMARY = "answer a question about a video, with times"
+SUMMARY = "answer a question about a video, with times; or a question alone"
 NUM_MOMENTS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", help="a video file")
+    parser.add_argument("video", nargs="?", help="a video file; without one the question is asked alone (text models)")
     parser.add_argument("question", help='for example "When does the red circle appear?"')
     add_model_options(parser)
     add_video_options(parser)
@@ -28,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     from openkeye.inputs.video_scan import scan_video
 
     # A file that is no video is told before the checkpoint is loaded.
-    scan = scan_video(Path(arguments.video))
+    scan = None if arguments.video is None else scan_video(Path(arguments.video))
+    if scan is None and (arguments.evidence or any(getattr(arguments, name) is not None for name in ("fps", "start", "end"))):
+        raise InputError("--fps, --start, --end and --evidence are about a video; give one before the question")
     sampling = sampling_from(arguments)
     engine = engine_from(arguments)
 
@@ -37,17 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
 
     with StageProgress(is_shown=not arguments.json) as progress:
-        answer = engine.ask(
-            scan,
-            arguments.question,
-            fps=arguments.fps,
-            start_seconds=arguments.start,
-            end_seconds=arguments.end,
-            sampling=sampling,
-            on_text=None if arguments.json else stream,
-            on_progress=progress,
-            evidence=arguments.evidence,
-        )
+        options: dict[str, Any] = {"sampling": sampling, "on_text": None if arguments.json else stream, "on_progress": progress}
+        if scan is None:
+            answer = engine.generate(question_alone(arguments.question), **options)
+        else:
+            window = {"fps": arguments.fps, "start_seconds": arguments.start, "end_seconds": arguments.end}
+            answer = engine.ask(scan, arguments.question, evidence=arguments.evidence, **window, **options)
     if arguments.json:
         print(json.dumps(answer.to_dict()))
         return 0
@@ -60,3 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     if answer.finish_reason == "length":
         print(f"note: the answer was cut at {answer.num_generated_tokens} tokens; give --max-tokens", file=sys.stderr)
     return 0
+
+
+def question_alone(question: str) -> list[dict[str, str]]:
+    """A chat of one question.
+
+    Raises:
+        InputError: nothing is asked.
+    """
+    if not question.strip():
+        raise InputError("the question is empty; ask something")
+    return [{"role": "user", "content": question}]

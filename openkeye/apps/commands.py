@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "openkeye.apps.evaluate",
     "frameforge": "openkeye.apps.frameforge_command",
     "serve": "openkeye.apps.serve",
+    "convert": "openkeye.apps.convert",
 }
 
 

@@ -82,7 +82,10 @@ class Fit:
 
 
 def _fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory: "Inventory") -> list[Fit]:
-    """A row for every choice of `EngineConfig.experts` and `kv_cache`; index keys are what "auto" means on a GPU."""
+    """A row for every choice of `EngineConfig.experts` (of a model that has some) and `kv_cache`.
+
+    Index keys are what "auto" means on a GPU.
+    """
     import torch
 
     from openkeye.engine.config import EngineConfig
@@ -90,7 +93,10 @@ def _fits(gibibytes: float, num_gpus: int, config: "KeyeConfig", inventory: "Inv
     from openkeye.model.sharding import local_config
 
     local, fits = local_config(config, num_gpus), []
-    for weights, num_bytes in (("bfloat16", inventory.weight_bytes), ("experts in e4m3", inventory.weight_bytes_e4m3)):
+    choices = [("bfloat16", inventory.weight_bytes)]
+    if config.num_experts:
+        choices.append(("experts in e4m3", inventory.weight_bytes_e4m3))
+    for weights, num_bytes in choices:
         for kv_cache in ("auto", "e4m3"):
             engine = EngineConfig(kv_cache=kv_cache)
             formats = CacheFormats.choose(engine, torch.device("cuda"), torch.bfloat16)
@@ -193,7 +199,5 @@ def _print_tables(name: str, config: "KeyeConfig", inventory: "Inventory") -> No
         f"({inventory.index_bytes_per_token_bf16:,} in bfloat16)",
         highlight=False,
     )
-    console.print(
-        f"active: the decoder with its embeddings and head, {config.num_experts_per_tok} of {config.num_experts} experts",
-        highlight=False,
-    )
+    chosen = f", {config.num_experts_per_tok} of {config.num_experts} experts" if config.num_experts else ""
+    console.print(f"active: the decoder with its embeddings and head{chosen}", highlight=False)

@@ -62,6 +62,10 @@ def lay_out(
     Raises InputError for unreadable media and, before any picture or video is decoded, for prompts past that.
     """
     plain_messages, parts = split_messages(messages)
+    if parts and processor.is_text_only:
+        raise InputError(
+            f"{processor.model_dir} is a text model, which sees no pictures or videos; leave them out of the messages"
+        )
     limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
     sized = size_media(parts, processor, limits)
     pieces = processor.template.render(plain_messages, add_generation_prompt, **template_options)

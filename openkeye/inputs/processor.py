@@ -15,6 +15,8 @@ BUNDLED_DIR = Path(__file__).parent.parent / "checkpoints" / BUNDLED_MODEL
 
 DEFAULT_FRAME_TEXT = "<|frame|>{seconds:.1f}"
 # The 1.5 form; the exact text of 2.0 is not public (spec: 4.4).
+NO_TOKEN = -1
+# the placeholders' id of a model that sees nothing
 
 
 def resolve_model_dir(name_or_path: str | Path) -> Path:
@@ -46,13 +48,19 @@ class Processor:
     video_token_id: int
     max_tokens: int | None
     # context length; None where the checkpoint does not say
+    is_text_only: bool = False
+    # no vision_config: pictures and videos are refused
 
     @classmethod
     def load(cls, model_dir: str | Path) -> "Processor":
-        """Read config.json, tokenizer.json, tokenizer_config.json and preprocessor_config.json of a folder or a known name."""
+        """Read config.json, tokenizer.json, tokenizer_config.json and preprocessor_config.json of a folder or a known name.
+
+        A text model (without vision_config) needs no preprocessor_config.json and no placeholders in its vocabulary.
+        """
         folder = resolve_model_dir(model_dir)
         config = read_json(folder / "config.json")
-        preprocessor = read_json(folder / "preprocessor_config.json")
+        is_text_only, path = config.get("vision_config") is None, folder / "preprocessor_config.json"
+        preprocessor = {} if is_text_only and not path.is_file() else read_json(path)
         _check_normalisation(folder, preprocessor)
         patch_size, merge_size = _patch_and_merge(config, preprocessor)
         image_limits, video_limits = limits_from_config(preprocessor, patch_size * merge_size)
@@ -69,6 +77,7 @@ class Processor:
             image_token_id=_media_token_id(folder, config, "image_token_id", tokenizer, "<|image_pad|>"),
             video_token_id=_media_token_id(folder, config, "video_token_id", tokenizer, "<|video_pad|>"),
             max_tokens=config.get("max_position_embeddings"),
+            is_text_only=is_text_only,
         )
 
     def special_id(self, token: str) -> int:
@@ -157,8 +166,10 @@ def _load_frame_text(folder: Path, preprocessor: dict[str, Any]) -> str:
 
 
 def _media_token_id(folder: Path, config: dict[str, Any], key: str, tokenizer: TextTokenizer, token: str) -> int:
-    """The placeholder's id, on which config and tokenizer must agree."""
+    """The placeholder's id, on which config and tokenizer must agree; a text model may have none."""
     token_id = tokenizer.token_id(token)
+    if token_id is None and key not in config and config.get("vision_config") is None:
+        return NO_TOKEN
     if token_id is None or config.get(key, token_id) != token_id:
         raise InputError(
             f"{folder}: {token} is {token_id} in tokenizer.json and {config.get(key)} in config.json; "

@@ -85,16 +85,22 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 
 def norm_rotary(
-    query_TX: Tensor, key_TX: Tensor, query_weight_D: Tensor, key_weight_D: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float
+    query_TX: Tensor,
+    key_TX: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.norm_rotary`."""
-    tensors = (query_TX, key_TX, query_weight_D, key_weight_D, cos_TD, sin_TD)
-    if can_be_fused(*tensors):
+    arguments = (query_TX, key_TX, query_weight_D, key_weight_D, cos_TD, sin_TD)
+    if can_be_fused(*(tensor for tensor in arguments if tensor is not None)):
         from openkeye.kernels import norm_rotary as fast
 
-        if serves("norm_rotary", tensors[:2], query_weight_D.shape[0] in fast.WIDTHS, f"heads of one of {fast.WIDTHS}"):
-            return fast.norm_rotary(*tensors, eps)
-    return reference.norm_rotary(*tensors, eps)
+        if serves("norm_rotary", (query_TX, key_TX), cos_TD.shape[1] in fast.WIDTHS, f"heads of one of {fast.WIDTHS}"):
+            return fast.norm_rotary(*arguments, eps)
+    return reference.norm_rotary(*arguments, eps)
 
 
 def index_norm_rotary(
@@ -121,8 +127,8 @@ def norm_rotary_write(
     query_TX: Tensor,
     key_TX: Tensor,
     value_TX: Tensor,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
@@ -133,14 +139,15 @@ def norm_rotary_write(
     value_scales_NG: Tensor | None = None,
 ) -> Tensor:
     """See `reference.norm_rotary_write`."""
-    tensors = (query_TX, key_TX, value_TX, query_weight_D, key_weight_D, cos_TD, sin_TD)
+    arguments = (query_TX, key_TX, value_TX, query_weight_D, key_weight_D, cos_TD, sin_TD)
     targets = (slots_T, key_cache_NGD, value_cache_NGD, key_scales_NG, value_scales_NG)
-    if can_be_fused(*tensors):
+    if can_be_fused(*(tensor for tensor in arguments if tensor is not None)):
         from openkeye.kernels import norm_rotary as fast
 
-        if serves("norm_rotary_write", tensors[:3], query_weight_D.shape[0] in fast.WIDTHS, f"heads of one of {fast.WIDTHS}"):
-            return fast.norm_rotary_write(*tensors, eps, *targets)
-    return reference.norm_rotary_write(*tensors, eps, *targets)
+        projected, is_served = (query_TX, key_TX, value_TX), cos_TD.shape[1] in fast.WIDTHS
+        if serves("norm_rotary_write", projected, is_served, f"heads of one of {fast.WIDTHS}"):
+            return fast.norm_rotary_write(*arguments, eps, *targets)
+    return reference.norm_rotary_write(*arguments, eps, *targets)
 
 
 def index_norm_rotary_write(

@@ -50,8 +50,8 @@ def _check_caches(name: str, dtype: torch.dtype, caches: tuple[Tensor, ...], sca
 def norm_rotary(
     query_TX: Tensor,
     key_TX: Tensor,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
@@ -60,12 +60,13 @@ def norm_rotary(
 
     Args:
         query_TX, key_TX: the projections, H * D and G * D wide; rows of any stride, as the parts of a joint projection have.
+        query_weight_D, key_weight_D: of the norms; both None where the heads of a model have none.
         cos_TD, sin_TD: float32, both halves of a row alike (`model/rotary.py`).
 
     Raises:
         ValueError: a width, dtype or layout that is not served.
     """
-    num_tokens, width = query_TX.shape[0], query_weight_D.shape[0]
+    num_tokens, width = query_TX.shape[0], cos_TD.shape[1]
     _check("norm_rotary", (query_TX, key_TX), width, cos_TD, sin_TD)
     key_out = torch.empty(num_tokens, key_TX.shape[1] // width, width, dtype=key_TX.dtype, device=key_TX.device)
     query_out = _launch(query_TX, key_TX, None, query_weight_D, key_weight_D, cos_TD, sin_TD, eps, None, (key_out, None))
@@ -76,8 +77,8 @@ def norm_rotary_write(
     query_TX: Tensor,
     key_TX: Tensor,
     value_TX: Tensor,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
@@ -98,7 +99,7 @@ def norm_rotary_write(
         ValueError: a width, dtype or layout that is not served.
     """
     name = "norm_rotary_write"
-    _check(name, (query_TX, key_TX, value_TX), query_weight_D.shape[0], cos_TD, sin_TD)
+    _check(name, (query_TX, key_TX, value_TX), cos_TD.shape[1], cos_TD, sin_TD)
     _check_caches(name, key_TX.dtype, (key_cache_NGD, value_cache_NGD), (key_scales_NG, value_scales_NG))
     return _launch(
         query_TX,
@@ -119,8 +120,8 @@ def _launch(
     query_TX: Tensor,
     key_TX: Tensor,
     value_TX: Tensor | None,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
@@ -129,7 +130,9 @@ def _launch(
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """One program for every few rows of queries, then of keys, then of values."""
-    num_tokens, width = query_TX.shape[0], query_weight_D.shape[0]
+    num_tokens, width = query_TX.shape[0], cos_TD.shape[1]
+    has_norms = query_weight_D is not None and key_weight_D is not None
+    assert has_norms or (query_weight_D is None and key_weight_D is None), "norms of queries and keys come together"
     heads, groups = query_TX.shape[1] // width, key_TX.shape[1] // width
     output = torch.empty(num_tokens, heads, width, dtype=query_TX.dtype, device=query_TX.device)
     key_target, value_target = (
@@ -145,8 +148,8 @@ def _launch(
             query_TX,
             key_TX,
             value,
-            query_weight_D,
-            key_weight_D,
+            query_weight_D if has_norms else cos_TD,
+            key_weight_D if has_norms else cos_TD,
             cos_TD,
             sin_TD,
             slots_T if slots_T is not None else cos_TD,
@@ -168,6 +171,7 @@ def _launch(
             GROUPS=groups,
             WIDTH=width,
             ROWS=rows,
+            HAS_NORMS=has_norms,
             HAS_SLOTS=slots_T is not None,
             IS_E4M3=scales[0] is not None,
             num_warps=warps,
@@ -428,6 +432,7 @@ def _norm_rotary(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     IS_E4M3: tl.constexpr,
 ):
@@ -440,8 +445,9 @@ def _norm_rotary(
         token_R, head_R = (row_R // HEADS).to(tl.int64), row_R % HEADS
         is_row = token_R < num_tokens
         first, second = _load_halves(query, token_R * query_row + head_R * WIDTH, is_row, WIDTH)
-        factor_R = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / WIDTH + eps)
-        first, second = _weigh(first, second, factor_R, query_weight, dtype, WIDTH)
+        if HAS_NORMS:
+            factor_R = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / WIDTH + eps)
+            first, second = _weigh(first, second, factor_R, query_weight, dtype, WIDTH)
         first, second = _turn(first, second, cos, sin, token_R, is_row, dtype, WIDTH)
         _store_halves(output, row_R.to(tl.int64) * WIDTH, first, second, is_row, WIDTH)
     elif program < num_query + num_key:
@@ -449,8 +455,9 @@ def _norm_rotary(
         token_R, group_R = (row_R // GROUPS).to(tl.int64), row_R % GROUPS
         is_row = token_R < num_tokens
         first, second = _load_halves(key, token_R * key_row + group_R * WIDTH, is_row, WIDTH)
-        factor_R = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / WIDTH + eps)
-        first, second = _weigh(first, second, factor_R, key_weight, dtype, WIDTH)
+        if HAS_NORMS:
+            factor_R = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / WIDTH + eps)
+            first, second = _weigh(first, second, factor_R, key_weight, dtype, WIDTH)
         first, second = _turn(first, second, cos, sin, token_R, is_row, dtype, WIDTH)
         _store_cached(
             key_target, key_scales, slots, first, second, token_R, group_R, is_row, key_target_row, key_target_group, GROUPS,

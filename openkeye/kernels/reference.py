@@ -88,17 +88,19 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 def norm_rotary(
     query_TX: Tensor,
     key_TX: Tensor,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Projections [T, H * D] and [T, G * D] to queries [T, H, D] and keys [T, G, D]: RMS norm of every head, then the turn."""
-    query, key = (
-        rms_norm(x.unflatten(1, (-1, weight.shape[0])), weight, eps)
-        for x, weight in ((query_TX, query_weight_D), (key_TX, key_weight_D))
-    )
+    """Projections [T, H * D] and [T, G * D] to queries [T, H, D] and keys [T, G, D]: RMS norm of every head, then the turn.
+
+    Weights of None: a model whose heads have no norm; they are turned as they come.
+    """
+    query, key = (x.unflatten(1, (-1, cos_TD.shape[1])) for x in (query_TX, key_TX))
+    if query_weight_D is not None and key_weight_D is not None:
+        query, key = rms_norm(query, query_weight_D, eps), rms_norm(key, key_weight_D, eps)
     return apply_rotary(query, cos_TD, sin_TD), apply_rotary(key, cos_TD, sin_TD)
 
 
@@ -106,8 +108,8 @@ def norm_rotary_write(
     query_TX: Tensor,
     key_TX: Tensor,
     value_TX: Tensor,
-    query_weight_D: Tensor,
-    key_weight_D: Tensor,
+    query_weight_D: Tensor | None,
+    key_weight_D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,

@@ -36,8 +36,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, num_kv, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, num_kv, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps)
+        self.norm_eps = config.rms_norm_eps
+        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.sa_indexer = Indexer(config)
         self.joint_weight: Tensor | None = None
         # all projections' rows, after `join_projections`
@@ -57,9 +58,8 @@ class Attention(nn.Module):
         self, hidden_TD: Tensor, rotary: RotaryTables, needs_index: bool
     ) -> tuple[Tensor, Tensor, Tensor, IndexerOutput | None]:
         """Query [T, H, D], key and value [T, G, D] and the indexer's output of normalised hidden states [T, hidden]."""
-        weights = (self.q_norm.weight, self.k_norm.weight)
         query, key, value = (part(hidden_TD) for part in self._projections()[:3])
-        query, key = norm_rotary(query, key, *weights, rotary.cos, rotary.sin, self.q_norm.eps)
+        query, key = norm_rotary(query, key, *self._norm_weights, rotary.cos, rotary.sin, self.norm_eps)
         value = value.unflatten(-1, (-1, self.head_dim))
         if not needs_index:
             return query, key, value, None
@@ -78,15 +78,14 @@ class Attention(nn.Module):
             query, key, value, *index = F.linear(hidden_TD, self.joint_weight[: sum(widths)]).split(widths, dim=1)
         else:
             query, key, value, *index = (part(hidden_TD) for part in parts)
-        weights = (self.q_norm.weight, self.k_norm.weight)
         query = norm_rotary_write(
             query,
             key,
             value,
-            *weights,
+            *self._norm_weights,
             rotary.cos,
             rotary.sin,
-            self.q_norm.eps,
+            self.norm_eps,
             slots,
             caches.key_SGD,
             caches.value_SGD,
@@ -101,6 +100,10 @@ class Attention(nn.Module):
     def forward(self, attended_THD: Tensor) -> Tensor:
         """What attention gathered, back to the residual stream: [T, H, D] -> [T, hidden]."""
         return self.shard.add(self.o_proj(attended_THD.flatten(1)))
+
+    @property
+    def _norm_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None if self.q_norm is None else self.q_norm.weight, None if self.k_norm is None else self.k_norm.weight)
 
     def _projections(self) -> list[nn.Linear]:
         """In the order of their rows in the joint weight: the indexer's last, so that dense attention leaves them out."""

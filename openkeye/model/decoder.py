@@ -1,18 +1,18 @@
-"""The decoder: embeddings, layers of attention and experts, final norm."""
+"""The decoder: embeddings, layers of attention and experts (or one dense MLP), final norm."""
 
 from torch import Tensor, nn
 
 from openkeye.kernels.dispatch import add_rms_norm
 from openkeye.model.attention import Attention, RotaryTables
 from openkeye.model.config import KeyeConfig
-from openkeye.model.experts import MixtureOfExperts
+from openkeye.model.experts import DenseMlp, MixtureOfExperts
 from openkeye.model.norm import RmsNorm
 from openkeye.model.past import CachedPast, IndexerOutput, Past
 from openkeye.model.rotary import mrope_table
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention, pre-norm experts."""
+    """Pre-norm attention, pre-norm experts or dense MLP."""
 
     def __init__(self, config: KeyeConfig, layer_index: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else DenseMlp(config)
 
     def begin(
         self, x_TD: Tensor, rotary: RotaryTables, needs_index: bool
@@ -56,8 +56,8 @@ class Decoder(nn.Module):
     def forward(self, embeds_TD: Tensor, position_ids_3T: Tensor, past: Past | CachedPast) -> Tensor:
         """[T, D] -> final normalised hidden states [T, D]."""
         rotary = RotaryTables(
-            *mrope_table(position_ids_3T, self.config.mrope_section, self.config.rope_theta),
-            *mrope_table(position_ids_3T, self.config.index_mrope_section, self.config.rope_theta),
+            *mrope_table(position_ids_3T, self.config.mrope_section, self.config.rope_theta, self.config.rope_scaling),
+            *mrope_table(position_ids_3T, self.config.index_mrope_section, self.config.rope_theta, self.config.rope_scaling),
         )
         for layer in self.layers:
             embeds_TD = layer(embeds_TD, rotary, past)

@@ -1,6 +1,7 @@
-"""The mixture of experts: fp32 softmax over all experts, the best few, renormalised."""
+"""The mixture of experts: fp32 softmax over all experts, the best few, renormalised. Or one dense MLP in its place."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openkeye.kernels.dispatch import experts, experts_share, route
@@ -52,3 +53,18 @@ class MixtureOfExperts(nn.Module):
             return experts(*tensors, *scales, self.has_fixed_blocks)
         first_expert = self.shard.part(logits.shape[1]).start
         return self.shard.add(experts_share(*tensors, first_expert, *scales, self.has_fixed_blocks))
+
+
+class DenseMlp(nn.Module):
+    """silu(gate) * up, then down: what layers have whose configuration names no experts."""
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.shard = ALONE
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        return self.shard.add(self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)))

@@ -73,6 +73,7 @@ PART_MARKS = (
     ("attention", ".self_attn."),
     ("router", ".mlp.gate."),
     ("experts", ".mlp.experts."),
+    ("dense MLPs", ".mlp."),
     ("output head", "lm_head."),
     ("decoder norms", "norm"),
 )
@@ -101,7 +102,7 @@ def take_inventory(config: KeyeConfig, num_packing_parameters: int, num_ranks: i
     parts = []
     for part, counts in sizes.items():
         active = 0 if part in INACTIVE_FOR_TEXT else sum(counts)
-        if part == "experts":
+        if part == "experts" and counts:
             active = active * config.num_experts_per_tok // config.num_experts
         if counts:
             parts.append(Part(part, sum(counts), len(counts), active))

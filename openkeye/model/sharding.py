@@ -60,10 +60,11 @@ def check_divides(config: KeyeConfig, size: int) -> None:
     """Whether a model can be shared by so many ranks.
 
     Raises:
-        InputError: heads, experts or vocabulary do not divide.
+        InputError: heads, experts (or the dense MLP's width) or vocabulary do not divide.
     """
     num_groups = config.num_key_value_heads
-    counts = {"query heads": config.num_attention_heads, "experts": config.num_experts, "vocabulary": config.vocab_size}
+    of_mlp = ("experts", config.num_experts) if config.num_experts else ("MLP width", config.intermediate_size)
+    counts = dict([("query heads", config.num_attention_heads), of_mlp, ("vocabulary", config.vocab_size)])
     odd = [f"{name} {count}" for name, count in counts.items() if count % size]
     if num_groups % size and size % num_groups:
         odd.append(f"key-value heads {num_groups}")
@@ -91,7 +92,7 @@ def own_part(name: str, config: KeyeConfig, shard: Shard) -> tuple[slice, ...]:
     # Query heads come group after group: a rank's first one says which group it begins in.
     first = shard.rank * config.num_key_value_heads // shard.size
     groups = slice(first * width, (first + num_groups) * width)
-    experts = shard.part(config.num_experts)
+    experts, mlp = shard.part(config.num_experts), shard.part(config.intermediate_size)
     parts = {
         ".self_attn.q_proj.weight": (queries,),
         ".self_attn.k_proj.weight": (groups,),
@@ -99,6 +100,9 @@ def own_part(name: str, config: KeyeConfig, shard: Shard) -> tuple[slice, ...]:
         ".self_attn.o_proj.weight": (*ROWS, queries),
         ".mlp.experts.gate_up_proj": (experts,),
         ".mlp.experts.down_proj": (experts,),
+        ".mlp.gate_proj.weight": (mlp,),
+        ".mlp.up_proj.weight": (mlp,),
+        ".mlp.down_proj.weight": (*ROWS, mlp),
         "lm_head.weight": (shard.part(config.vocab_size),),
     }
     return next((part for ending, part in parts.items() if name.endswith(ending)), ())

@@ -1,7 +1,7 @@
 """Checkpoints of the published layout in and out: strict, so that no tensor is ever left random or dropped in silence.
 
 A folder holds `config.json` and either `model.safetensors` or shards named by `model.safetensors.index.json`. Experts are
-fused 3-D tensors; the un-fused names of other releases are accepted and stacked.
+fused 3-D tensors; the un-fused names of other releases are accepted and stacked. A dense model has the usual names.
 """
 
 import json
@@ -49,7 +49,7 @@ class KeptTensor:
 
     def read(self) -> Tensor:
         """The tensor, on the CPU."""
-        with _open_weights(self.path) as file:
+        with open_weights(self.path) as file:
             return file.get_tensor(self.name)
 
 
@@ -201,17 +201,19 @@ def load_model(
 
     Raises:
         InputError: a file is missing or unreadable, or names or shapes differ from what config.json asks for; all are listed;
-            or the ranks cannot share this model.
+            or the ranks cannot share this model; or experts in e4m3 of a model that has none.
     """
     folder = Path(model_dir)
     config = KeyeConfig.load(folder)
+    if are_experts_e4m3 and not config.num_experts:
+        raise InputError(f"{folder}: experts in e4m3 were asked for, but this model has a dense MLP; leave the option out")
     with torch.device("meta"):
         model = KeyeModel(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     shard_model(model, config, shard)
     intake = _Intake(config, wanted, device, dtype, are_experts_e4m3, shard)
-    for path, promised in _weight_files(folder):
-        with _open_weights(path) as file:
+    for path, promised in weight_files(folder):
+        with open_weights(path) as file:
             present = set(file.keys())
             intake.problems[f"named by {INDEX_FILE} but not in {path.name}"] += sorted(promised - present)
             for name in sorted(present):
@@ -238,15 +240,15 @@ def count_packing_parameters(model_dir: str | Path) -> int:
     folder = Path(model_dir)
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         return 0
-    for path, _ in _weight_files(folder):
-        with _open_weights(path) as file:
+    for path, _ in weight_files(folder):
+        with open_weights(path) as file:
             if PACKING_TABLE in set(file.keys()):
                 return math.prod(file.get_slice(PACKING_TABLE).get_shape())
     return 0
 
 
 @contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
+def open_weights(path: Path) -> Iterator[Any]:
     """An open safetensors file; a broken one is told as wrong input."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -255,7 +257,7 @@ def _open_weights(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: not a readable safetensors file ({error}); copy it from its source again") from None
 
 
-def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
+def weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
     """Each weight file with the names that the index promises in it (none for a single file)."""
     index_path, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if not index_path.is_file():

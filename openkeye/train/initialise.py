@@ -5,7 +5,7 @@ from torch import nn
 
 from openkeye.model.keye import KeyeModel
 
-OUTPUT_NAMES = ("o_proj.weight", "out_proj.weight", "fc2.weight", "down_proj")
+OUTPUT_NAMES = ("o_proj.weight", "out_proj.weight", "fc2.weight", "down_proj", "down_proj.weight")
 # matrices that write into the residual stream
 
 

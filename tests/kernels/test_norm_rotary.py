@@ -48,6 +48,23 @@ def test_queries_and_keys_equal_the_plain_steps(device, num_tokens, heads, group
         close(tensor, expected)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_heads_without_norms_are_turned_as_they_come(device, dtype):
+    query, key, value, *_, cos, sin = attention_case(7, 9, 3, 64, dtype, device)
+    result = norm_rotary.norm_rotary(query, key, None, None, cos, sin, EPS)
+    for tensor, x in zip(result, (query, key), strict=True):
+        close(tensor, reference.apply_rotary(x.unflatten(1, (-1, 64)), cos, sin))
+    for tensor, expected in zip(result, reference.norm_rotary(query, key, None, None, cos, sin, EPS), strict=True):
+        close(tensor, expected)
+    slots = torch.tensor([4, 0, 6, -1, 7, 2, 1], device=device)
+    mine, twins = filled_caches((8, 3, 64), dtype, device, 2)
+    case = (query, key, value, None, None, cos, sin, EPS, slots)
+    close(norm_rotary.norm_rotary_write(*case, *mine), reference.norm_rotary_write(*case, *twins))
+    for cache, expected in zip(mine, twins, strict=True):
+        atol, rtol = TOLERANCES[dtype]
+        torch.testing.assert_close(cache, expected, atol=atol, rtol=rtol, equal_nan=True)
+
+
 def filled_caches(shape: tuple[int, ...], dtype: torch.dtype, device: str, count: int) -> list[list[Tensor]]:
     """The same caches of NaN, for the kernel and for its twin."""
     return [[torch.full(shape, float("nan"), device=device).to(dtype) for _ in range(count)] for _ in range(2)]

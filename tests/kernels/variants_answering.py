@@ -90,7 +90,7 @@ def between_projections_and_attention() -> list[Variant]:
         pointers = read | dict.fromkeys(("key_target", "value_target"), "u8" if is_e4m3 else "bf16")
         flags: dict[str, Any] = {"HAS_SLOTS": is_e4m3, "IS_E4M3": is_e4m3}
         for rows, warps in ((8, 1), (32, 4)):
-            constants = flags | {"HEADS": 32, "GROUPS": 4, "WIDTH": 128, "ROWS": rows}
+            constants = flags | {"HEADS": 32, "GROUPS": 4, "WIDTH": 128, "ROWS": rows, "HAS_NORMS": rows == 32}
             listed.append(make(norm_rotary._norm_rotary, pointers, constants, warps, enable_fp_fusion=False))
         pointers = pointers | {"query": pointers["key_target"]}
         constants = flags | {"HEADS": 16, "WIDTH": 64, "ROWS": 16, "LOG_HALF": 5}

@@ -9,11 +9,13 @@ import torch
 
 from openkeye.common.checks import InputError
 from openkeye.model import weights as weights_module
-from openkeye.model.config import KeyeConfig
+from openkeye.model.config import IndexerConfig, KeyeConfig
+from openkeye.model.convert import convert_checkpoint
 from openkeye.model.published import published_config
 from openkeye.model.sharding import ALONE, Shard, check_divides, own_part, shard_model
 from openkeye.model.weights import load_model, save_model
 from tests.model.naive_keye import make_config, make_weights, write_checkpoint
+from tests.model.other_families import write_source
 from tests.model.sharded_forward import run
 from tests.model.test_weights import unfuse
 from tests.rank_processes import run_ranks
@@ -110,14 +112,14 @@ def test_other_ranks_parts_are_not_read(folder, monkeypatch):
         num_read += tensor.nbytes
         return tensor
 
-    opened = weights_module._open_weights
+    opened = weights_module.open_weights
 
     @contextmanager
     def open_weights(path: Path):
         with opened(path) as file:
             yield File(file)
 
-    monkeypatch.setattr(weights_module, "_open_weights", open_weights)
+    monkeypatch.setattr(weights_module, "open_weights", open_weights)
     held = sum(tensor.nbytes for tensor in load_model(folder, shard=Shard(1, 4)).state_dict().values())
     assert num_read == held
     load_model(folder)
@@ -147,6 +149,27 @@ def test_ranks_compute_what_one_does(folder, tmp_path, size):
             # Every rank routes and selects for itself: the sums must be the same bits everywhere.
             assert torch.equal(result["hidden"], found[0]["hidden"]) and torch.equal(result["logits"], found[0]["logits"])
     assert expected["selected"].shape[-1] < 70, "some tokens must select"
+
+
+def test_two_ranks_compute_a_dense_model_without_head_norms(tmp_path):
+    source, _ = write_source(tmp_path / "source", num_key_value_heads=2)
+    convert_checkpoint(source, tmp_path / "keye", IndexerConfig(num_heads=2, head_dim=16, top_k=8))
+    ids = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(3))
+    given = {"ids": ids, "positions": torch.arange(40).expand(3, 40)}
+    torch.save(given, tmp_path / "input.pt")
+    results = run_ranks(2, "tests.model.sharded_forward", tmp_path / "keye", tmp_path / "input.pt", tmp_path)
+    assert all(status == 0 for status, _, _ in results), results
+    whole = load_model(tmp_path / "keye", dtype=torch.float32)
+    assert load_model(tmp_path / "keye", shard=Shard(1, 2)).model.layers[0].mlp.down_proj.weight.shape == (48, 40)
+    expected = run(whole, given)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}-False.pt")
+        assert torch.equal(found["selected"], expected["selected"])
+        torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=1e-4)
+    with pytest.raises(
+        InputError, match=r"3 ranks .*\(MLP width 80, vocabulary 308, key-value heads 2\); start one of 1, 2 ranks"
+    ):
+        check_divides(whole.config, 3)
 
 
 def test_tied_embeddings_are_a_head_of_parts(tmp_path):
