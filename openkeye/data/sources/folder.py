@@ -28,7 +28,7 @@ EXAMPLE = '{"video": "a.mp4", "question": "What happens first?", "answer": "A do
 
 PARTS = ("train", "held_out", "all")
 MIN_MEDIA_TO_HOLD_OUT = 5
-OPTIONS = ("part", "held_out_share", "seed")
+OPTIONS = ("part", "held_out_share", "seed", "fps")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Folder:
     def __init__(self, path: str | Path, options: Mapping[str, str | int | float | bool] | None = None) -> None:
         """Read the folder's questions; no video is opened.
 
-        options: part ("train", "held_out" or "all"), held_out_share (default 0.1), seed (of the choice).
+        options: part ("train", "held_out" or "all"), held_out_share (default 0.1), seed (of the choice), fps (frames sampled
+            of every second, where a line does not say; default: the checkpoint's).
 
         Raises:
             InputError: no folder, no questions, or lines that make no sense; says what was found.
@@ -76,6 +77,7 @@ class Folder:
             raise InputError(f"{path}: part is {part!r}; choose from {', '.join(PARTS)}")
         if not 0 <= share < 1:
             raise InputError(f"{path}: held_out_share is {share}; give a share from 0 to below 1")
+        self._video_options = {"fps": float(chosen["fps"])} if "fps" in chosen else {}
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             raise InputError(f"{path}: no such folder; give the folder with your videos and a questions.jsonl")
@@ -184,7 +186,8 @@ class Folder:
     def _sample(self, entries: list[_Entry]) -> Sample:
         first = entries[0]
         if not first.media:
-            return Sample(f"{self.root.name}/{first.where}", first.messages, task=first.task)
+            name = f"{self.root.name}/{first.where}"
+            return Sample(name, first.messages, task=first.task, video_options=self._video_options)
         kind = "video" if _is_video(Path(first.media)) else "image"
         part = {"type": kind, kind: str(self.root / first.media), **dict(first.options)}
         before = [message for message in first.messages[:1] if message.get("role") == "system"]
@@ -195,8 +198,10 @@ class Folder:
             content = turns[0][0].get("content") or ""
             texts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             whole = {"role": "user", "content": [part, *texts]}
-            return Sample(name, [*before, whole, *turns[0][1:]], task=first.task)
-        return Sample(name, [*before, shown], branches=turns, task=first.task)
+            messages, turns = [*before, whole, *turns[0][1:]], []
+        else:
+            messages = [*before, shown]
+        return Sample(name, messages, branches=turns, task=first.task, video_options=self._video_options)
 
 
 class _FolderFiles:
