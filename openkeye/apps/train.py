@@ -105,7 +105,7 @@ def _train(config: "RunConfig", arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(config: "RunConfig", model_dir: str, kept: "Path", reporter: "Reporter") -> Any:
-    """Scores on the held-out sources, remembered in a file so that a resumed run does not ask again; None where there are none."""
+    """Scores on the held-out sources, kept in a file so that a resumed run does not ask again; None where there are none."""
     from openkeye.apps.held_out import Scores, score_sources
 
     if not config.evaluates:

@@ -27,6 +27,8 @@ MAX_MEASURED = 256
 # samples whose tokens are counted; of more, an even choice, and half as much room again
 FILL = 0.85
 # of a pack that packing reaches with few samples
+END_TOKENS = 8
+# the most that a template writes around the end of a turn
 MAX_PACKS = 16
 SAMPLES_PER_PACK = 100
 # One more pack a step for each so many samples.
@@ -109,16 +111,19 @@ def _token_counts(source: Folder, processor: Processor) -> tuple[list[int], bool
 
 
 def num_tokens(sample: Sample, processor: Processor) -> int:
-    """Tokens of a sample, a few too many for the markup of turns that its branches share.
+    """Tokens of a sample, or a few more: what a template writes before a first turn is taken for the end of the turn before it.
 
     Raises:
         InputError: a video or picture that cannot be read; names the sample.
     """
+    limits = processor.video_limits.changed(fps=sample.video_options.get("fps"))
     try:
-        trunk = lay_out(sample.messages, processor).num_tokens
-        return trunk + sum(lay_out(branch, processor).num_tokens for branch in sample.branches)
+        trunk = lay_out(sample.messages, processor, limits, add_generation_prompt=False).num_tokens
+        branches = [lay_out(branch, processor, add_generation_prompt=False).num_tokens for branch in sample.branches]
+        bare = lay_out([{"role": "user", "content": ""}], processor, add_generation_prompt=False).num_tokens
     except InputError as error:
         raise InputError(f"{sample.name}: {error}") from error
+    return trunk + sum(branches) - (len(branches) - 1) * (bare - END_TOKENS) if branches else trunk
 
 
 def _context(lengths: Sequence[int], is_every: bool, config: dict[str, Any], data: str) -> int:

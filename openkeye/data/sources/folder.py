@@ -179,15 +179,17 @@ class Folder:
         groups: dict[tuple[Any, ...], list[_Entry]] = {}
         for number, entry in enumerate(entries):
             is_shared = entry.media and entry.messages[0].get("role") == "user"
-            key = (entry.about, entry.options, entry.task) if is_shared else (entry.about, number)
+            key = (entry.about, entry.options) if is_shared else (entry.about, number)
             groups.setdefault(key, []).append(entry)
         return groups
 
     def _sample(self, entries: list[_Entry]) -> Sample:
         first = entries[0]
+        tasks = {entry.task for entry in entries}
+        task = first.task if len(tasks) == 1 else ""
         if not first.media:
             name = f"{self.root.name}/{first.where}"
-            return Sample(name, first.messages, task=first.task, video_options=self._video_options)
+            return Sample(name, first.messages, task=task, video_options=self._video_options)
         kind = "video" if _is_video(Path(first.media)) else "image"
         part = {"type": kind, kind: str(self.root / first.media), **dict(first.options)}
         before = [message for message in first.messages[:1] if message.get("role") == "system"]
@@ -201,7 +203,7 @@ class Folder:
             messages, turns = [*before, whole, *turns[0][1:]], []
         else:
             messages = [*before, shown]
-        return Sample(name, messages, branches=turns, task=first.task, video_options=self._video_options)
+        return Sample(name, messages, branches=turns, task=task, video_options=self._video_options)
 
 
 class _FolderFiles:
