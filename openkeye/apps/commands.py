@@ -25,6 +25,7 @@ COMMANDS = {
     "frameforge": "openkeye.apps.frameforge_command",
     "serve": "openkeye.apps.serve",
     "convert": "openkeye.apps.convert",
+    "train": "openkeye.apps.train",
 }
 
 
@@ -52,8 +53,14 @@ def follow_leader() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    """Run one command. Returns the exit status: 0 done, 1 a check failed, 2 wrong input, 3 more to do, 130 interrupted."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "words") and not any(word.startswith("-") for word in rest):
+        # A parser that has met an option takes no more words of an open list; ours may stand anywhere.
+        arguments.words += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Before torch is loaded. On a CPU its threads would else spin at every barrier while a video's decoder, or anyone else,
     # needs the cores: measured on two busy cores, ten times the processor time for the same answer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -154,6 +154,8 @@ class RunConfig:
     metrics_every: int = 50
     # steps between measurements of the indexer's recall, mass and unique keys
     has_tensorboard: bool = True
+    evaluates: tuple[str, ...] = ()
+    # names in `sources` that are held out: `openkeye train` answers them before the first step and after the last
 
     def __post_init__(self) -> None:
         """Raises InputError where the run contradicts itself."""
