@@ -15,7 +15,7 @@ import torch
 
 from openkeye.common.checks import InputError
 from openkeye.data.document import Document, PixelPictures
-from openkeye.data.sample import Sample
+from openkeye.data.sample import Sample, UnfitError
 from openkeye.data.turns import TokenRun, TurnReader, joined, shared_length
 from openkeye.inputs.encode import SizedImage, SizedMedia, assemble, check_placeholders, num_tokens_of, size_media
 from openkeye.inputs.messages import VIDEO_OPTIONS, MediaPart, checked_options, split_messages
@@ -62,12 +62,13 @@ def to_document(sample: Sample, processor: Processor, limits: DocumentLimits) ->
     earlier turns, become branches of the document.
 
     Raises:
-        InputError: nothing to learn, media that cannot be read, or too many tokens; the message begins with the sample's name.
+        InputError: nothing to learn, or media that cannot be read; the message begins with the sample's name.
+        UnfitError: too many tokens, or answers about what the stage cuts away.
     """
     try:
         return _text_document(sample, processor, limits) if sample.text else _chat_document(sample, processor, limits)
     except InputError as error:
-        raise InputError(f"{sample.name}: {error}") from error
+        raise type(error)(f"{sample.name}: {error}") from error
 
 
 def _text_document(sample: Sample, processor: Processor, limits: DocumentLimits) -> Document:
@@ -204,7 +205,7 @@ def _cut(part: MediaPart, limits: DocumentLimits, processor: Processor, last_tol
         return part
     start = part.options.get("start_seconds", 0.0)
     if last_told_seconds > start + longest:
-        raise InputError(
+        raise UnfitError(
             f"its answers speak of the video up to {last_told_seconds:g} s, and the stage cuts it at {start + longest:g} s; "
             "raise max_clip_seconds, or give shorter videos"
         )
@@ -226,9 +227,8 @@ def _check_context(num_tokens: int, num_media: int, limits: DocumentLimits) -> N
     mend = "shorten its text"
     if num_media > num_tokens / 2:
         mend = "lower video_tokens or max_clip_seconds, or give its videos a lower fps"
-    raise InputError(
-        f"{num_tokens:,} tokens ({num_media:,} of pictures); the stage's context holds {limits.context:,}: {mend}, or raise context"
-    )
+    pictures = f" ({num_media:,} of pictures)" if num_media else ""
+    raise UnfitError(f"{num_tokens:,} tokens{pictures}; the context holds {limits.context:,}: {mend}, or raise it")
 
 
 def _repeats(template_ids: Sequence[int], media_tokens: Sequence[int], processor: Processor) -> torch.Tensor:

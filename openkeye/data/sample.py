@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from openkeye.common.checks import InputError
 from openkeye.data.document import Document
+
+
+class UnfitError(InputError):
+    """Nothing is wrong with a sample, but it is longer than the stage takes."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def open_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Ma
     """
     # What reads media is loaded by those alone who read.
     from openkeye.data.convert import Converter, DocumentLimits
-    from openkeye.data.sources import open_source
+    from openkeye.data.sources.opening import open_source
 
     model_dir = str(resolve_model_dir(config.model_dir))
     sources = {share.source: open_source(share.source, config.sources[share.source], model_dir) for share in loader.shares}

@@ -1,1 +1,1 @@
-"""Where samples come from: readers of files, and FrameForge, which draws its own."""
+"""Where samples come from: readers of files, found by name (`opening.py`), and FrameForge, which draws its own."""
