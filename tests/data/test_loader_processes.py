@@ -107,11 +107,6 @@ def test_ctrl_c_leaves_no_process_and_no_worker_complains(tmp_path, num_workers)
     assert json.loads((tmp_path / "state.json").read_text())["step"] >= 3
 
 
-def test_workers_hand_out_what_this_process_does(whole):
-    with Loader(make_sources(), make_config(num_workers=2), convert, on_bad=quiet) as loader:
-        assert [[pack.names for pack in packs] for packs in loader] == whole
-
-
 def test_workers_killed_while_they_read_change_nothing(whole):
     names = []
     with Loader(make_sources(), make_config(num_workers=2), convert, on_bad=quiet) as loader:

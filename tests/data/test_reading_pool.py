@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -43,13 +41,13 @@ def take_all(pool: ReadingPool, num: int) -> list[Document | BadSample]:
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Documents with everything that a document can have."""
+    """Documents with everything that a document can have, every other one much larger than what a pipe holds."""
 
     num_samples: int = 4
 
     def read(self, index: int) -> Document:
         pixels = np.random.default_rng(index).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
-        places = torch.arange(9)
+        places = torch.arange(9 if index % 2 else 200_000)
         return Document(
             name=f"pictures:{index}",
             input_ids=places + index,
@@ -63,7 +61,7 @@ class PictureSource:
 
 
 def test_a_document_comes_through_the_pipe_as_it_was():
-    with opened(PictureSource(), 2) as pool:
+    with opened(PictureSource(), 2, context=200_000) as pool:
         for index, got in enumerate(take_all(pool, 4)):
             expected = vars(PictureSource().read(index))
             assert isinstance(got, Document)
@@ -160,43 +158,14 @@ def test_workers_read_ahead_as_far_as_there_is_room_and_not_further(tmp_path):
             time.sleep(0.02)
         # Three documents fill the room, and one more may be under way.
         assert 11 <= len(list(tmp_path.iterdir())) <= 10 + 3 + 1
-
-
-def test_what_is_awaited_is_read_though_there_is_no_room(tmp_path):
-    with opened(NotedSource(str(tmp_path)), 1, max_held_tokens=10) as pool:
-        numbers = [pool.submit(Draw("s", index)) for index in range(20)]
-        taken = [pool.take(number).name for number in reversed(numbers)]
-        assert taken == [f"n:{index}" for index in reversed(range(20))]
-
-
-def test_large_documents_go_through_while_others_wait(tmp_path):
-    # Much more than a pipe holds, from two workers at once.
-    with opened(NotedSource(str(tmp_path), length=300_000), 2, 10**7, context=10**6) as pool:
-        assert [outcome.num_tokens for outcome in take_all(pool, 6)] == [300_000] * 6
+        # What is awaited is read, though nobody takes what fills the room.
+        assert pool.take(numbers[19]).name == "n:19"
 
 
 def test_what_does_not_pickle_is_refused_with_the_mend():
     reader = SampleReader({"s": TextSource("s", None)}, lambda sample: convert(sample), 100)
     with pytest.raises(InputError, match="num_workers=0"):
         ReadingPool(reader, 1, 100, 60.0)
-
-
-@dataclass(frozen=True)
-class UnwelcomeSource:
-    """Cannot be made in another process."""
-
-    num_samples: int = 5
-
-    def __setstate__(self, state: dict) -> None:
-        raise OSError("the licence is for one process")
-
-
-def test_workers_that_never_start_end_the_run():
-    with (
-        opened(UnwelcomeSource()) as pool,
-        pytest.raises(RuntimeError, match="3 worker processes ended before they read a sample"),
-    ):
-        take_all(pool, 1)
 
 
 def test_stop_ends_a_take_under_way(tmp_path):
@@ -206,39 +175,6 @@ def test_stop_ends_a_take_under_way(tmp_path):
         with pytest.raises(ReadingStoppedError):
             take_all(pool, 1)
         assert time.monotonic() - begin < 10
-
-
-ORPHANS = """
-import sys, time
-from multiprocessing import active_children
-from openkeye.data.mixture import Draw
-from openkeye.data.reading import SampleReader
-from openkeye.data.reading_pool import ReadingPool
-from tests.data.small_sources import DeadlySource, convert
-if __name__ == "__main__":
-    pool = ReadingPool(SampleReader({"s": DeadlySource(sys.argv[1], {1: ("hang", 99)})}, convert, 100), 2, 1000, 60.0)
-    numbers = [pool.submit(Draw("s", index)) for index in range(3)]
-    pool.take(numbers[0])
-    pool.take(numbers[2])
-    print(*[process.pid for process in active_children()], flush=True)
-    time.sleep(100)
-"""
-
-
-def test_workers_leave_when_their_parent_is_killed(tmp_path):
-    # One idle, one in the middle of a sample that never ends.
-    script = tmp_path / "orphans.py"
-    script.write_text(ORPHANS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    parent = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True, env=environment)
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
-    parent.kill()
-    parent.communicate()
-    end = time.monotonic() + 10
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < end, "workers outlive their parent"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
