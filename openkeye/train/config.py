@@ -95,9 +95,7 @@ class StageConfig:
             _check_number(f"stage {self.name!r}", f"the rate of {part}", rate)
         others = [part for part in self.trains if part != "indexer"]
         if others and not self.answer_weight:
-            raise self._wrong(
-                f"{', '.join(others)} would learn nothing with answer_weight 0; raise it, or train the indexer alone"
-            )
+            raise self._wrong(f"{', '.join(others)} would learn nothing with answer_weight 0; raise it, or train the indexer")
         if self.balance_weight and "decoder" not in self.trains:
             raise self._wrong("balance_weight teaches routers, and the decoder does not train; set it to 0")
         if "indexer" in self.trains and (self.indexer_target == "none" or not self.indexer_weight):
@@ -106,13 +104,9 @@ class StageConfig:
                 f"{self.indexer_weight:g}; choose one of {', '.join(INDEXER_TARGETS[1:])} and a weight above 0"
             )
         if "indexer" not in self.trains and self.indexer_target != "none":
-            raise self._wrong(
-                "indexer_target is set and the indexer does not train; add it to trains, or set the target to none"
-            )
+            raise self._wrong("indexer_target is set and the indexer does not train; add it to trains, or set it to 'none'")
         if self.indexer_target.startswith("selected") and self.attention != "sparse":
-            raise self._wrong(
-                f"indexer_target {self.indexer_target!r} needs attention 'sparse'; dense attention selects nothing"
-            )
+            raise self._wrong(f"indexer_target {self.indexer_target!r} needs attention 'sparse'; dense selects nothing")
 
     @property
     def pack_size(self) -> int:

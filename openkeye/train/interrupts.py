@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While the block runs the first SIGINT or SIGTERM only sets `is_asked`; Python delivers signals to the main thread alone."""
+    """While the block runs the first SIGINT or SIGTERM only sets `is_asked`; Python hands signals to the main thread alone."""
 
     def __init__(self) -> None:
         self.is_asked = False

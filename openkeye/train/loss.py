@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Of one step, over all packs of all ranks: what sums are divided by, so that no plan of packs and ranks changes the loss."""
+    """Of one step, over all packs of all ranks: what sums are divided by, so that no plan changes the loss."""
 
     num_tokens: int
     num_learnt: int
@@ -39,9 +39,8 @@ def expert_load(router_logits: Iterable[Tensor], num_experts_per_token: int) -> 
     for logits_TE in router_logits:
         probability_TE = logits_TE.float().softmax(dim=-1)
         chosen = probability_TE.detach().topk(num_experts_per_token, dim=-1).indices.flatten()
-        picks.append(
-            probability_TE.new_zeros(logits_TE.shape[1]).index_add(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
-        )
+        ones = torch.ones_like(chosen, dtype=torch.float32)
+        picks.append(ones.new_zeros(logits_TE.shape[1]).index_add(0, chosen, ones))
         sums.append(probability_TE.sum(dim=0))
     return ExpertLoad(torch.stack(picks), torch.stack(sums))
 

@@ -147,7 +147,7 @@ def _own_gradient(one: TrainedParameter) -> Tensor:
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """Of all gradients together, 0-dimensional, the same on every rank: squares are summed over those that share a parameter."""
+    """Of all gradients together, 0-dimensional, the same on every rank: squares add up over sharers."""
     by_group: dict[dist.ProcessGroup | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def is_all_fresh(config: RunConfig) -> bool:
 
 def fill(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
     """Rank 0 reads or draws the first weights, and every rank gets its part of them."""
-    weights = first_weights(config, keye.config) if ranks.rank == 0 else {}
+    weights: dict[str, Any] = dict(first_weights(config, keye.config)) if ranks.rank == 0 else {}
     set_model_state_dict(keye, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 

@@ -1,6 +1,6 @@
 """Whole runs on a network of two layers, for tests: in this process or as real ranks.
 
-As a rank: python -m tests.train.toy_runs RUN.pickle [STOP_AFTER_SECONDS]
+As a rank: python -m tests.train.toy_runs RUN.pickle STOP_AFTER_SECONDS, or RUN.pickle gradients (`run_keeping_gradients`)
 """
 
 import json
@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from openkeye.data.config import LoaderConfig, Share, SourceConfig
 from openkeye.data.document import Document, PixelPictures
-from openkeye.data.loader import Loader
+from openkeye.data.loader import Loader, LoaderFigures
+from openkeye.data.packed_batch import PackedBatch, pack
 from openkeye.model.config import IndexerConfig, KeyeConfig, VisionConfig
 from openkeye.model.keye import KeyeModel
 from openkeye.model.weights import save_model
 from openkeye.train.config import RunConfig, StageConfig
 from openkeye.train.initialise import initialise
 from openkeye.train.loop import Trainer
+from openkeye.train.optimizer import Optimizer
 from openkeye.train.reporter import SilentReporter
 from openkeye.train.shard import Ranks
 
@@ -160,14 +161,82 @@ def log_of(config: RunConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.run_dir) / "log.jsonl").read_text().splitlines()]
 
 
+@dataclass
+class UnequalPacks:
+    """A loader of four lanes whose packs differ in length, with pictures of two sizes in two of them and none in the others."""
+
+    rank: int
+    size: int
+    num_steps: int = 0
+
+    def __iter__(self) -> "UnequalPacks":
+        return self
+
+    def __next__(self) -> list[PackedBatch]:
+        """This rank's packs of the next step."""
+        first = 100 * self.num_steps
+        self.num_steps += 1
+        text, seen = ToyDocuments(picture_every=0, longest=48), ToyDocuments(picture_every=1)
+        lanes = [
+            [text.read(first)],
+            [seen.read(first + number) for number in range(6)],
+            [text.read(first + number) for number in range(7, 9)],
+            [seen.read(first + number) for number in range(9, 12)],
+        ]
+        return [pack(lane) for lane in lanes[self.rank :: self.size]]
+
+    def state(self) -> dict[str, Any]:
+        """Never asked for in the middle of a stage."""
+        raise AssertionError("runs of these packs end with their stage")
+
+    def figures(self) -> LoaderFigures:
+        """None worth telling."""
+        return LoaderFigures(self.num_steps, 0, 0, 0, 1.0, {}, 0.0)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def unequal_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> UnequalPacks:
+    """The loader above, for stages of four packs a step."""
+    assert loader.packs_per_step == 4 and state is None
+    return UnequalPacks(ranks.rank, ranks.size)
+
+
+def run_keeping_gradients(config: RunConfig) -> list[dict[str, torch.Tensor]]:
+    """A run on the unequal packs: the whole gradients of every step, before clipping, by name."""
+    kept = []
+    step = Optimizer.step
+
+    def keeping_step(self: Optimizer, rates: Mapping[str, float]) -> torch.Tensor:
+        gradients = {}
+        for one in self.parameters:
+            gradient = one.parameter.grad
+            assert gradient is not None, one.name
+            gradients[one.name] = gradient.full_tensor().clone()
+        kept.append(gradients)
+        return step(self, rates)
+
+    Optimizer.step = keeping_step  # type: ignore[method-assign]
+    try:
+        Trainer(config, SilentReporter(), unequal_loader).run()
+    finally:
+        Optimizer.step = step  # type: ignore[method-assign]
+    return kept
+
+
 def main() -> None:
     torch.set_num_threads(1)
     config = pickle.loads(Path(sys.argv[1]).read_bytes())
-    stop_after_seconds = float(sys.argv[2]) if len(sys.argv) > 2 else float("inf")
-    reporter = SilentReporter()
-    is_finished = Trainer(config, reporter, toy_loader).run(stop_after_seconds)
-    print("\n".join(reporter.lines), is_finished, flush=True)
-    assert not dist.is_initialized()
+    if sys.argv[2] == "gradients":
+        kept = run_keeping_gradients(config)
+        torch.save(kept, f"{config.out_dir}.gradients.{os.environ['RANK']}.pt")
+    else:
+        reporter = SilentReporter()
+        is_finished = Trainer(config, reporter, toy_loader).run(float(sys.argv[2]))
+        print("\n".join(reporter.lines), is_finished, flush=True)
+    # gloo's threads, torn down beside those of other ranks, now and then end the process instead.
+    sys.stdout.flush()
     os._exit(0)
 
 
