@@ -1,10 +1,15 @@
-"""`openkeye evaluate frameforge`: asks every question of unseen clips through the path of `ask` and scores the answers."""
+"""`openkeye evaluate frameforge`: asks every question of unseen clips through the path of `ask` and scores the answers.
+
+`openkeye evaluate needle` is in `evaluate_needle`.
+"""
 
 import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from openkeye.apps import evaluate_needle
 from openkeye.apps.model_options import add_model_options, engine_from
+from openkeye.apps.video_room import check_room, whole_video_limits
 from openkeye.common.checks import InputError, writing_to
 
 if TYPE_CHECKING:
@@ -12,6 +17,7 @@ if TYPE_CHECKING:
 
     from openkeye.engine.loop import Engine
     from openkeye.frameforge.writer import ClipFile
+    from openkeye.inputs.sampling import VideoLimits
 
 SUMMARY = "score a checkpoint on synthetic videos with known answers"
 
@@ -21,22 +27,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite = suites.add_parser("frameforge", help="six rule-checked tasks on unseen clips")
     suite.add_argument("--num", type=int, default=400, help="number of clips")
     suite.add_argument("--seed", type=int, default=0, help="of the clips; training never saw any of them")
-    suite.add_argument("--tier", choices=("standard", "long"), default="standard", help="8-30 s or 1-5 min")
+    suite.add_argument("--tier", choices=("standard", "long", "hour"), default="standard", help="8-30 s, 1-5 min, or an hour")
     suite.add_argument("--fps", type=float, default=2.0, help="sampled frames per second")
+    suite.add_argument(
+        "--total-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="a video's budget without its times, 16 a frame of openkeye-tiny; fewer take fewer frames (default: the "
+        "checkpoint's; of the hour tier, every frame's)",
+    )
     suite.add_argument("--data", default=None, metavar="DIR", help="clips made earlier by `openkeye frameforge make`")
     suite.add_argument("--keep", default=None, metavar="DIR", help="write the clips here and keep them")
     suite.add_argument("--workers", type=int, default=None, help="processes that film clips (default: one less than the cores)")
     suite.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(suite, attention=("sparse", "dense", "both"))
+    needle = suites.add_parser("needle", help="a thing shown for 3-4 s, by length and depth of the video")
+    evaluate_needle.add_arguments(needle)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Film, ask, score, print."""
+    if arguments.suite == "needle":
+        return evaluate_needle.run(arguments)
     if arguments.num < 1:
         raise InputError(f"--num is {arguments.num}; give at least 1")
     modes = ("sparse", "dense") if arguments.attention == "both" else (arguments.attention,)
     engines = {mode: engine_from(arguments, mode) for mode in modes}
-    scores = _score_clips(arguments, engines)
+    limits = _limits(arguments, engines[modes[0]])
+    scores = _score_clips(arguments, engines, limits)
     report = _report(arguments, scores, modes)
     if arguments.json:
         print(json.dumps(report))
@@ -45,7 +64,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]") -> list[dict[str, Any]]:
+def _limits(arguments: argparse.Namespace, engine: "Engine") -> "VideoLimits":
+    """How many frames a clip may take; a tier that the checkpoint has no room for is refused before it is filmed."""
+    from openkeye.frameforge.writer import TIERS
+
+    tier = TIERS[arguments.tier]
+    if not tier.is_sparse:
+        return engine.processor.video_limits.changed(fps=arguments.fps, total_tokens=arguments.total_tokens)
+    # The checkpoint's own budget may step over an event of seconds without a word.
+    limits = whole_video_limits(engine, tier.seconds[1], arguments.fps, arguments.total_tokens)
+    if arguments.data is None:
+        check_room(engine, tier.seconds[1], limits, tier.side, tier.fps)
+    return limits
+
+
+def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]", limits: "VideoLimits") -> list[dict[str, Any]]:
     """One record per question: task, clip, question, duration, and the score of each mode and of a perfect sampler."""
     import os
     import tempfile
@@ -73,15 +106,17 @@ def _score_clips(arguments: argparse.Namespace, engines: "dict[str, Engine]") ->
             clips = stack.enter_context(closing(writer))
         console = Console(stderr=True)
         bar = track(clips, "Asking", total=arguments.num, console=console, disable=not console.is_terminal)
-        return [record for number, clip in enumerate(bar) for record in _ask_clip(number, clip, engines, arguments.fps)]
+        return [record for number, clip in enumerate(bar) for record in _ask_clip(number, clip, engines, limits)]
 
 
-def _ask_clip(number: int, clip: "ClipFile", engines: "dict[str, Engine]", fps: float) -> list[dict[str, Any]]:
+def _ask_clip(number: int, clip: "ClipFile", engines: "dict[str, Engine]", limits: "VideoLimits") -> list[dict[str, Any]]:
     from openkeye.frameforge.scoring import score
     from openkeye.inputs.intervals import parse_intervals, parse_moment, widen_intervals
+    from openkeye.inputs.video import read_video
 
     texts = [question.text for question in clip.questions]
-    answers = {mode: engine.ask_many(clip.path, texts, fps=fps) for mode, engine in engines.items()}
+    frames = read_video(clip.path, limits)
+    answers = {mode: engine.ask_many(frames, texts) for mode, engine in engines.items()}
     records = []
     for place, question in enumerate(clip.questions):
         spacing = next(iter(answers.values()))[place].frame_spacing_seconds
@@ -91,6 +126,8 @@ def _ask_clip(number: int, clip: "ClipFile", engines: "dict[str, Engine]", fps: 
             "clip": number,
             "question": question,
             "seconds": clip.duration_seconds,
+            "num_frames": len(frames.times_seconds),
+            "tokens": next(iter(answers.values()))[place].num_prompt_tokens,
             "ceiling": score(question, question.answer, perfect, parse_moment(question.answer), spacing),
         }
         for mode in engines:
@@ -132,6 +169,8 @@ def _report(arguments: argparse.Namespace, records: list[dict[str, Any]], modes:
         "seed": arguments.seed,
         "tier": arguments.tier,
         "fps": arguments.fps,
+        "mean_frames": float(np.mean([record["num_frames"] for record in records])),
+        "mean_prompt_tokens": float(np.mean([record["tokens"] for record in records])),
         "attention": arguments.attention,
         "dense_up_to": arguments.dense_up_to,
     }

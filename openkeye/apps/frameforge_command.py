@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--out", required=True, metavar="DIR", help="folder for the clips and clips.jsonl")
     make.add_argument("--num", type=int, default=100, help="number of clips")
     make.add_argument("--seed", type=int, default=0, help="the same seed gives the same clips")
-    make.add_argument("--tier", choices=("standard", "long"), default="standard", help="8-30 s or 1-5 min")
+    make.add_argument("--tier", choices=("standard", "long", "hour"), default="standard", help="8-30 s, 1-5 min, or an hour")
     make.add_argument("--seconds", default=None, metavar="A..B", help="another range of lengths, for example 8..30")
     make.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
 

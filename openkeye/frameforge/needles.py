@@ -113,7 +113,7 @@ class Needle:
     # share of the video before the needle, as asked for
 
 
-def make_needle(rng: np.random.Generator, minutes: float, depth: float, fps: float = 2.0) -> Needle:
+def make_needle(rng: np.random.Generator, minutes: float, depth: float, fps: float) -> Needle:
     """An object and a word that are there for 3-4 s, once, together, at `depth` (0 to 1) of a video; others elsewhere.
 
     Every 20 s of the rest show a distractor, an object or a word, at least 3 s away from the needle. No distractor has the

@@ -99,9 +99,9 @@ def make_clip(seed: int, index: int, tier_name: str = "standard", seconds: tuple
     return Clip(f"{tier_name}-{seed}-{index:05d}.mp4", scene, questions, num_frames, tier)
 
 
-def needle_of(seed: int, index: int, minutes: float, depth: float) -> Needle:
+def needle_of(seed: int, index: int, minutes: float, depth: float, fps: float = SAMPLED_FPS) -> Needle:
     """A video with one needle, never one that training has seen; (seed, index) looks the same at every length and depth."""
-    return make_needle(np.random.default_rng([FILE_SPACE, seed, index, NEEDLE_NUMBER]), minutes, depth, SAMPLED_FPS)
+    return make_needle(np.random.default_rng([FILE_SPACE, seed, index, NEEDLE_NUMBER]), minutes, depth, fps)
 
 
 def film(clip: Clip, path: Path) -> None:
