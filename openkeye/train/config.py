@@ -63,6 +63,8 @@ class RunConfig:
     seed: int = 0
     fresh: tuple[str, ...] = ()
     # of PARTS: initialised anew instead of loaded
+    evaluates: tuple[str, ...] = ()
+    # names in `sources` that are held out: `openkeye train` answers them before the first step and after the last
     optimizer: str = "adamw"
     # or "muon": matrices of the trunk by orthogonalised momentum, the rest by AdamW
     weight_decay: float = 0.05
@@ -82,5 +84,3 @@ class RunConfig:
     metrics_every: int = 50
     # steps between measurements of the indexer's recall, mass and unique keys
     has_tensorboard: bool = True
-    evaluates: tuple[str, ...] = ()
-    # names in `sources` that are held out: `openkeye train` answers them before the first step and after the last
