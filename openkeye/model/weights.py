@@ -229,8 +229,8 @@ def load_model(
 def kept_tensors(model_dir: str | Path) -> tuple[KeptTensor, ...]:
     """Those that `load_model` would leave in the folder's files."""
     found = []
-    for path, _ in _weight_files(Path(model_dir)):
-        with _open_weights(path) as file:
+    for path, _ in weight_files(Path(model_dir)):
+        with open_weights(path) as file:
             found += [KeptTensor(path, name) for name in sorted(file.keys()) if _is_kept(name)]
     return tuple(found)
 
