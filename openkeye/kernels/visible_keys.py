@@ -8,6 +8,7 @@ Letters: T tokens of the pack, N segments (trunks and branches), D documents tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -94,7 +95,7 @@ class VisibleKeys:
             branched=_branched_rows([span for span in spans if span.branches], device) if has_branches else None,
         )
 
-    @property
+    @cached_property
     def max_seen(self) -> int:
         """Keys that the token with the longest view sees."""
         return max(

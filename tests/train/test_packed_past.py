@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from openkeye.engine.batch import Batch, PagedPast, Segment
+from openkeye.engine.config import EngineConfig
+from openkeye.engine.pages import PagedCaches
 from openkeye.kernels.dispatch import indexer_select
 from openkeye.kernels.reference import index_scores, quantize_vectors
 from openkeye.model.config import KeyeConfig
@@ -287,3 +290,32 @@ def test_a_pack_equals_separate_conversations_through_the_whole_network(attentio
         wanted = dict(model.named_parameters())[name].grad
         spread = wanted.abs().max().clamp_min(1.0)
         torch.testing.assert_close(gradient / spread, wanted / spread, rtol=10 * tolerance, atol=10 * tolerance, msg=name)
+
+
+@torch.no_grad()
+def test_emulated_e4m3_is_what_the_engine_answers_with():
+    """Hidden states of every token equal those of the engine's pages with index keys in e4m3, each branch a prompt."""
+    model, raw = build_model(torch.float32)
+    top_k = raw["sa_config"]["topk"]
+    layout = make_layout((3 * top_k, (9, 2 * top_k)), (2 * top_k + 3, ()))
+    ids = torch.randint(0, raw["image_token_id"], (layout.num_tokens,), generator=torch.Generator().manual_seed(4))
+    seen = visible_keys(layout)
+    positions = torch.tensor([len(keys) - 1 for keys in seen]).expand(3, -1)
+    embeds = model.embed(ids, None, None)
+    weights = weights_of(layout, torch.float32)
+    found = {}
+    for is_e4m3 in (True, False):
+        past = PackedPast(layout, top_k, "sparse", Teaching("selected", weights, is_e4m3))
+        found[is_e4m3] = model(embeds, positions, past)
+    config = EngineConfig(page_size=8, cache_tokens=128, index_cache="e4m3")
+    num_changed = 0
+    for last in [start - 1 for span in layout.spans for start in (*span.branches[1:], span.end)]:
+        tokens = seen[last]
+        caches = PagedCaches(model.config, config, torch.device("cpu"), torch.float32)
+        pages = torch.randperm(16, generator=torch.Generator().manual_seed(last))
+        slots = (8 * pages[:, None] + torch.arange(8)).flatten()[: len(tokens)]
+        past = PagedPast(Batch([Segment(None, 0, len(tokens), slots)], is_prompt=True), caches, "sparse", top_k)
+        answered = model(embeds[tokens], positions[:, tokens], past)
+        torch.testing.assert_close(found[True][tokens], answered, rtol=1e-4, atol=1e-4)
+        num_changed += int(((found[False][tokens] - answered).abs().amax(dim=1) > 1e-2).sum())
+    assert num_changed > 5, "rounding must change selections, or this shows nothing"
