@@ -34,7 +34,7 @@ from openkeye.train.groups import trained_parameters
 from openkeye.train.interrupts import Interrupts
 from openkeye.train.loss import StepCounts, balance_loss
 from openkeye.train.loss_model import LossModel, PassPlan
-from openkeye.train.open_loader import open_loader
+from openkeye.train.open_loader import OpenLoader
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.refusals import check_run, check_run_dir, claim_run_dir
 from openkeye.train.reporter import Reporter
@@ -60,7 +60,7 @@ class StageLoader(Protocol):
     def close(self) -> None: ...
 
 
-MakeLoader = Callable[[RunConfig, LoaderConfig, Ranks, Mapping[str, Any] | None], StageLoader]
+MakeLoader = Callable[[LoaderConfig, Ranks, Mapping[str, Any] | None], StageLoader]
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,23 @@ class Agreement:
 class Trainer:
     """One run from its first step, or from where it was left, to a finished model."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter, make_loader: MakeLoader = open_loader) -> None:
+    def __init__(self, config: RunConfig, reporter: Reporter, make_loader: MakeLoader | None = None) -> None:
         """
         Args:
             config: the whole run.
             reporter: told of the run's progress by rank 0.
-            make_loader: where the packs of a stage come from.
+            make_loader: where the packs of a stage come from; None: from `config.sources`.
 
         Raises:
             InputError: settings that do not fit the model, the ranks or the folder; before anything is loaded.
         """
         self.config = config
         self.reporter = reporter
-        self.make_loader = make_loader
         self.run_dir = Path(config.run_dir)
         self.model_config = KeyeConfig.load(resolve_model_dir(config.model_dir))
         self.notices = check_run(config, self.model_config, num_ranks())
         check_run_dir(config)
+        self.make_loader: MakeLoader = OpenLoader(config) if make_loader is None else make_loader
 
     def run(self, stop_after_seconds: float = math.inf) -> bool:
         """Train until the last step, the time limit, or Ctrl-C; then save. Under torchrun all ranks call it.
@@ -181,7 +181,7 @@ class Trainer:
             self.reporter.stage(stage.name, stage.num_steps)
         self.step_log = StepLog(self.ranks)
         following = replace(place, stage=place.stage + 1, step_in_stage=0, loader_state=None)
-        loader = self.make_loader(self.config, self._loader_config(stage), self.ranks, place.loader_state)
+        loader = self.make_loader(self._loader_config(stage), self.ranks, place.loader_state)
         try:
             for number in range(place.step_in_stage, stage.num_steps):
                 began = time.monotonic()

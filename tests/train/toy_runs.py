@@ -93,7 +93,7 @@ class ToyDocuments:
 SOURCES = {"toy": ToyDocuments(), "text": ToyDocuments(picture_every=0)}
 
 
-def toy_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> Loader:
+def toy_loader(loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> Loader:
     """The loader of the documents above."""
     sources = {share.source: SOURCES[share.source] for share in loader.shares}
     return Loader(sources, loader, _unused, ranks.rank, ranks.size, state)
@@ -199,7 +199,7 @@ class UnequalPacks:
         """Nothing is open."""
 
 
-def unequal_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> UnequalPacks:
+def unequal_loader(loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> UnequalPacks:
     """The loader above, for stages of four packs a step."""
     assert loader.packs_per_step == 4 and state is None
     return UnequalPacks(ranks.rank, ranks.size)
