@@ -36,10 +36,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
 
 
-def _is_kept(name: str) -> bool:
-    return name == PACKING_TABLE or name.startswith(POOLING_HEAD)
-
-
 @dataclass(frozen=True)
 class KeptTensor:
     """A tensor that stays in its file until it is written back."""
@@ -74,7 +70,7 @@ class _Intake:
 
     def take(self, name: str, path: Path, file: Any) -> None:
         """One tensor of one open file."""
-        if _is_kept(name) and self.config.vision is not None:
+        if (name == PACKING_TABLE or name.startswith(POOLING_HEAD)) and self.config.vision is not None:
             if name in self.kept:
                 self.problems["twice"].append(name)
             self.kept[name] = KeptTensor(path, name)
@@ -224,15 +220,6 @@ def load_model(
         setattr(model.get_submodule(prefix), projection.replace("_proj", "_scale"), scale)
     model.kept_tensors = tuple(intake.kept.values())
     return model.requires_grad_(False)
-
-
-def kept_tensors(model_dir: str | Path) -> tuple[KeptTensor, ...]:
-    """Those that `load_model` would leave in the folder's files."""
-    found = []
-    for path, _ in weight_files(Path(model_dir)):
-        with open_weights(path) as file:
-            found += [KeptTensor(path, name) for name in sorted(file.keys()) if _is_kept(name)]
-    return tuple(found)
 
 
 def count_packing_parameters(model_dir: str | Path) -> int:

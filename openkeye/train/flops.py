@@ -4,7 +4,9 @@ import torch
 
 from openkeye.data.packed_batch import PackedBatch
 from openkeye.model.config import KeyeConfig
+from openkeye.model.keye import KeyeModel
 from openkeye.train.config import StageConfig
+from openkeye.train.groups import part_of
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 # dense bf16 operations a second, by a part of the device's name
@@ -18,12 +20,15 @@ def device_peak(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
-def decoder_flops(config: KeyeConfig) -> float:
-    """Of the matrix products that every token goes through in the decoder's layers, forward."""
-    width = config.num_attention_heads * config.head_dim
-    attention = config.hidden_size * (2 * width + 2 * config.num_key_value_heads * config.head_dim)
-    experts = config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
-    return 2.0 * config.num_hidden_layers * (attention + experts + config.hidden_size * config.num_experts)
+def decoder_flops(keye: KeyeModel) -> float:
+    """Of the matrix products that every token goes through in the decoder's layers, forward; the indexer is not among them."""
+    total = 0.0
+    for name, parameter in keye.model.layers.named_parameters():
+        if part_of(f"model.layers.{name}") == "decoder" and parameter.ndim >= 2:
+            # Of a stack of experts a token meets a few.
+            share = keye.config.num_experts_per_tok / parameter.shape[0] if parameter.ndim == 3 else 1.0
+            total += 2.0 * parameter.numel() * share
+    return total
 
 
 def vision_flops(config: KeyeConfig, num_patches: int, num_pictures: int) -> float:
@@ -59,12 +64,15 @@ def _seen(before: int, length: int, limit: int | None) -> float:
     return num_short * before + num_short * (num_short + 1) / 2 + (length - num_short) * limit
 
 
-def pass_flops(config: KeyeConfig, stage: StageConfig, batch: PackedBatch) -> float:
-    """Of one pack, forward and backward, recomputation not counted: what the model asks for, not what a run spends."""
+def pass_flops(config: KeyeConfig, per_token: float, stage: StageConfig, batch: PackedBatch) -> float:
+    """Of one pack, forward and backward, recomputation not counted: what the model asks for, not what a run spends.
+
+    per_token: `decoder_flops` of the model.
+    """
     width = config.num_attention_heads * config.head_dim
     layers = config.num_hidden_layers
     limit = config.indexer.top_k if stage.attention == "sparse" else None
-    trunk = batch.num_tokens * decoder_flops(config) + 4.0 * layers * width * pairs(batch, limit)
+    trunk = batch.num_tokens * per_token + 4.0 * layers * width * pairs(batch, limit)
     head = 2.0 * batch.num_learnt * config.hidden_size * config.vocab_size if stage.answer_weight else 0.0
     num_pictures = sum(pictures.num_pictures for pictures in batch.pictures)
     merge = config.vision.spatial_merge_size**2 if config.vision is not None else 0

@@ -5,9 +5,12 @@ A run is a list of stages (`config.py`); it can stop after any step and go on, o
 `Trainer.run` ──> `_run_stage` ──> `_step`: packs (`data/loader.py`) ──> `LossModel` ──> backward ──> `Optimizer` ──> `StepLog`
 """
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +29,12 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
 from openkeye.train.checkpoint import Checkpoints, Place
 from openkeye.train.config import RunConfig, StageConfig
-from openkeye.train.flops import pass_flops
+from openkeye.train.flops import decoder_flops, pass_flops
 from openkeye.train.groups import trained_parameters
 from openkeye.train.interrupts import Interrupts
 from openkeye.train.loss import StepCounts, balance_loss
 from openkeye.train.loss_model import LossModel, PassPlan
-from openkeye.train.open_loader import open_loader
+from openkeye.train.open_loader import OpenLoader
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.refusals import check_run, check_run_dir, claim_run_dir
 from openkeye.train.reporter import Reporter
@@ -57,7 +60,7 @@ class StageLoader(Protocol):
     def close(self) -> None: ...
 
 
-MakeLoader = Callable[[RunConfig, LoaderConfig, Ranks, Mapping[str, Any] | None], StageLoader]
+MakeLoader = Callable[[LoaderConfig, Ranks, Mapping[str, Any] | None], StageLoader]
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,23 @@ class Agreement:
 class Trainer:
     """One run from its first step, or from where it was left, to a finished model."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter, make_loader: MakeLoader = open_loader) -> None:
+    def __init__(self, config: RunConfig, reporter: Reporter, make_loader: MakeLoader | None = None) -> None:
         """
         Args:
             config: the whole run.
             reporter: told of the run's progress by rank 0.
-            make_loader: where the packs of a stage come from.
+            make_loader: where the packs of a stage come from; None: from `config.sources`.
 
         Raises:
             InputError: settings that do not fit the model, the ranks or the folder; before anything is loaded.
         """
         self.config = config
         self.reporter = reporter
-        self.make_loader = make_loader
         self.run_dir = Path(config.run_dir)
         self.model_config = KeyeConfig.load(resolve_model_dir(config.model_dir))
         self.notices = check_run(config, self.model_config, num_ranks())
         check_run_dir(config)
+        self.make_loader: MakeLoader = OpenLoader(config) if make_loader is None else make_loader
 
     def run(self, stop_after_seconds: float = math.inf) -> bool:
         """Train until the last step, the time limit, or Ctrl-C; then save. Under torchrun all ranks call it.
@@ -106,12 +109,7 @@ class Trainer:
             self.ranks, self.interrupts, self.deadline = ranks, interrupts, deadline
             if ranks.rank == 0:
                 claim_run_dir(self.config)
-            self.log = JsonLines(self.run_dir / LOG_FILE) if ranks.rank == 0 else None
-            try:
-                return self._run()
-            finally:
-                if self.log is not None:
-                    self.log.close()
+            return self._run()
 
     def _run(self) -> bool:
         for notice in self.notices:
@@ -119,27 +117,34 @@ class Trainer:
         self._build()
         self.checkpoints = Checkpoints(self.run_dir, self.ranks)
         self.saved_at = self.began = time.monotonic()
-        place = self.checkpoints.place()
-        if place is None:
-            place = Place(step=0, stage=0, step_in_stage=0)
-            fill(self.keye, self.config, self.ranks)
-        else:
-            self._say(f"going on from step {place.step} of {self.config.num_steps}")
-            self._begin_stage(place.stage)
-            self.checkpoints.load(*self._tensors())
-        while place.stage < len(self.config.stages):
-            self._begin_stage(place.stage)
-            place, is_stopped = self._run_stage(place)
-            self._save(place)
-            if is_stopped and place.stage < len(self.config.stages):
-                self.checkpoints.wait()
-                why = "interrupted" if self.interrupts.is_asked else "out of time"
-                self._say(f"{why}: step {place.step} is saved in {self.run_dir}; start the same run again to go on from it")
-                return False
+        place = self._begin()
+        if self.ranks.rank == 0:
+            forget_after(self.run_dir / LOG_FILE, place.step)
+        with closing(JsonLines(self.run_dir / LOG_FILE)) if self.ranks.rank == 0 else nullcontext() as self.log:
+            while place.stage < len(self.config.stages):
+                self._begin_stage(place.stage)
+                place, is_stopped = self._run_stage(place)
+                self._save(place)
+                if is_stopped and place.stage < len(self.config.stages):
+                    self.checkpoints.wait()
+                    why = "interrupted" if self.interrupts.is_asked else "out of time"
+                    self._say(f"{why}: step {place.step} is saved in {self.run_dir}; start the same run again to go on from it")
+                    return False
         self.checkpoints.wait()
         write_finished(self.keye, self.config, self.ranks)
         self._say(f"finished: {self.config.out_dir} holds the model")
         return True
+
+    def _begin(self) -> Place:
+        """Fill the network, from the latest checkpoint or anew."""
+        place = self.checkpoints.place()
+        if place is None:
+            fill(self.keye, self.config, self.ranks)
+            return Place(step=0, stage=0, step_in_stage=0)
+        self._say(f"going on from step {place.step} of {self.config.num_steps}")
+        self._begin_stage(place.stage)
+        self.checkpoints.load(*self._tensors())
+        return place
 
     def _build(self) -> None:
         """The network with its parameters shared out, still empty."""
@@ -147,6 +152,7 @@ class Trainer:
         with torch.device("meta"):
             self.keye = KeyeModel(self.model_config)
             self.loss_model = LossModel(self.keye)
+        self.flops_per_token = decoder_flops(self.keye)
         num_mixtures = len(self.loss_model.mixtures())
         for stage in config.stages:
             if stage.balance_weight and not num_mixtures:
@@ -156,9 +162,9 @@ class Trainer:
         shard_parameters(self.loss_model, self.keye, self.ranks, compute_dtype(config, device))
         self.loss_model.to_empty(device=device)
         self.optimizer = Optimizer(device, config.clip, config.weight_decay)
-        shape = (max(1, num_mixtures), self.model_config.num_experts)
         # Experts' shares of the picks of the step before, over all packs and ranks: known before a step's first backward pass.
-        self.load_shares = torch.full(shape, 1 / self.model_config.num_experts, device=device)
+        shares = torch.ones(num_mixtures, self.model_config.num_experts, device=device)
+        self.load_shares = shares / max(1, self.model_config.num_experts)
 
     def _begin_stage(self, number: int) -> None:
         """What trains from now on, and how."""
@@ -175,7 +181,7 @@ class Trainer:
             self.reporter.stage(stage.name, stage.num_steps)
         self.step_log = StepLog(self.ranks)
         following = replace(place, stage=place.stage + 1, step_in_stage=0, loader_state=None)
-        loader = self.make_loader(self.config, self._loader_config(stage), self.ranks, place.loader_state)
+        loader = self.make_loader(self._loader_config(stage), self.ranks, place.loader_state)
         try:
             for number in range(place.step_in_stage, stage.num_steps):
                 began = time.monotonic()
@@ -207,7 +213,7 @@ class Trainer:
             float(sum(pack.num_tokens for pack in packs)),
             float(sum(pack.num_learnt for pack in packs)),
             float(len(packs)),
-            sum(pass_flops(self.model_config, stage, pack) for pack in packs),
+            sum(pass_flops(self.model_config, self.flops_per_token, stage, pack) for pack in packs),
             float(self.interrupts.is_asked or (leads and now > self.deadline)),
             float(leads and now - self.saved_at > self.config.save_every_seconds),
         ]
@@ -261,7 +267,8 @@ class Trainer:
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Everything that a checkpoint holds: what has to be there, and what may be missing."""
         needed = {f"model.{name}": parameter.detach() for name, parameter in self.keye.named_parameters()}
-        needed["load_shares"] = self.load_shares
+        if self.load_shares.numel():
+            needed["load_shares"] = self.load_shares
         return needed, {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
     def _save(self, place: Place) -> None:
@@ -285,6 +292,17 @@ class Trainer:
             top_k=self.model_config.indexer.top_k if stage.attention == "sparse" else None,
             stage=stage.name,
         )
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Leave out the records of later steps: a run that was killed goes on from its checkpoint, and comes to them again."""
+    if not path.is_file():
+        return
+    # The last line of a process that was killed may be cut short.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    os.replace(unfinished, path)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

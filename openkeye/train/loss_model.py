@@ -91,7 +91,7 @@ class LossModel(nn.Module):
         terms = []
         token_losses = None
         if stage.answer_weight:
-            hidden_nD, labels_n = hidden_TD[batch.learnt_positions], batch.labels[batch.learnt_positions]
+            hidden_nD, labels_n = (x.index_select(0, batch.learnt_positions) for x in (hidden_TD, batch.labels))
             losses_n = cross_entropy(hidden_nD, self._head_weight(hidden_TD), labels_n).loss_T
             terms.append(stage.answer_weight * losses_n.sum() / max(1, plan.counts.num_learnt))
             token_losses = losses_n.detach()

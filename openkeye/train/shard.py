@@ -99,10 +99,10 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
     # The indexer's output is one, and nobody writes into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = ranks.mesh["shard"] if ranks.mesh.size(0) == 1 else ranks.mesh
-    # Nothing is cast where nothing is to be: fp32 stays bit for bit what one process computes.
-    policy = MixedPrecisionPolicy()
+    # Inputs are not cast: rotary tables come as a record, and stay fp32.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(keye):
         indexer = layer.self_attn.sa_indexer
         fully_shard(indexer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -1,11 +1,13 @@
 """Where the weights of a run come from, and where they go when it is finished."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -14,7 +16,7 @@ from openkeye.common.checks import writing_to
 from openkeye.inputs.processor import resolve_model_dir
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
-from openkeye.model.weights import kept_tensors, load_model, save_model
+from openkeye.model.weights import INDEX_FILE, PACKING_TABLE, POOLING_HEAD, SINGLE_FILE, KeptTensor, load_model, save_model
 from openkeye.train.config import PARTS, RunConfig
 from openkeye.train.groups import part_of
 from openkeye.train.initialise import initialise
@@ -43,6 +45,18 @@ def first_weights(config: RunConfig, model_config: KeyeConfig) -> dict[str, Tens
 def is_all_fresh(config: RunConfig) -> bool:
     """Whether `model_dir` needs no weights."""
     return set(config.fresh) == set(PARTS)
+
+
+def kept_tensors(folder: Path) -> tuple[KeptTensor, ...]:
+    """What no computation uses of a checkpoint whose weights were loaded before, maybe by another process."""
+    names = [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+    kept = []
+    for path in (folder / name for name in names):
+        with safe_open(path, framework="pt") as file:
+            kept += [KeptTensor(path, name) for name in file.keys() if name == PACKING_TABLE or name.startswith(POOLING_HEAD)]  # noqa: SIM118
+    return tuple(kept)
 
 
 def fill(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:

@@ -1,6 +1,5 @@
 """A run that is stopped, killed or moved to other ranks goes on as if nothing had been: bit for bit on the same ranks."""
 
-import pickle
 import signal
 import time
 from pathlib import Path
@@ -14,8 +13,19 @@ from openkeye.model.weights import load_model
 from openkeye.train.checkpoint import Checkpoints, Place
 from openkeye.train.config import RunConfig
 from openkeye.train.shard import joined
-from tests.rank_processes import run_ranks, started
-from tests.train.toy_runs import ADAPTATION, WARM_UP, log_of, run_here, toy_run, toy_stage, write_toy_model
+from tests.rank_processes import started
+from tests.train.toy_runs import (
+    ADAPTATION,
+    WARM_UP,
+    Job,
+    command_of,
+    log_of,
+    run_here,
+    run_jobs,
+    toy_run,
+    toy_stage,
+    write_toy_model,
+)
 
 STAGES = (
     toy_stage("answers", num_steps=3, trains=("decoder",), balance_weight=0.1),
@@ -81,11 +91,10 @@ def test_the_finished_model_is_a_whole_checkpoint(straight: RunConfig):
 
 def test_killed_in_the_middle_of_saves(folder: Path, straight: RunConfig):
     config = named_run(folder, "killed", save_every_seconds=0.0)
-    (folder / "killed.pickle").write_bytes(pickle.dumps(config))
     checkpoints = Path(config.run_dir) / "checkpoints"
     num_killed = 0
     for least in (2, 5):
-        with started(1, "tests.train.toy_runs", folder / "killed.pickle", "inf") as (process,):
+        with started(1, *command_of(folder, Job(config))) as (process,):
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 steps = [int(path.stem.partition("-")[2]) for path in checkpoints.glob("step-*.unfinished")]
@@ -97,14 +106,14 @@ def test_killed_in_the_middle_of_saves(folder: Path, straight: RunConfig):
     assert num_killed == 2
     run_here(config)
     assert not list(checkpoints.glob("*.unfinished"))
-    assert exact_figures(config)[-1] == exact_figures(straight)[-1]
+    # Steps that were made twice are told once.
+    assert exact_figures(config) == exact_figures(straight)
     assert_same_end(config, straight)
 
 
 def test_ctrl_c_saves_and_says_so(folder: Path, straight: RunConfig):
     config = named_run(folder, "interrupted")
-    (folder / "interrupted.pickle").write_bytes(pickle.dumps(config))
-    with started(1, "tests.train.toy_runs", folder / "interrupted.pickle", "inf") as (process,):
+    with started(1, *command_of(folder, Job(config))) as (process,):
         log = Path(config.run_dir) / "log.jsonl"
         deadline = time.monotonic() + 60
         while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
@@ -119,33 +128,24 @@ def test_ctrl_c_saves_and_says_so(folder: Path, straight: RunConfig):
     assert_same_end(config, straight)
 
 
-def test_from_two_ranks_to_four_to_one(folder: Path, straight: RunConfig):
-    config = named_run(folder, "moved", num_shards=0)
-    slow = toy_run(
-        folder,
-        *(
-            toy_stage(s.name, num_steps=2, packs_per_step=4, rate=1e-5, **k)
-            for s, k in zip(STAGES, ({}, WARM_UP, ADAPTATION), strict=True)
-        ),
-        run_dir=config.run_dir,
-        out_dir=config.out_dir,
-        optimizer="muon",
+def test_from_two_ranks_to_four_to_one(folder: Path):
+    # Slow steps: Adam's first ones would blow up the roundings in which numbers of ranks differ.
+    changes = ({}, WARM_UP, ADAPTATION)
+    stages = [toy_stage(f"stage {i}", num_steps=2, packs_per_step=4, rate=1e-5, **one) for i, one in enumerate(changes)]
+    moved, unmoved = (
+        toy_run(folder, *stages, run_dir=str(folder / name), out_dir=str(folder / f"{name}-out"), optimizer="muon")
+        for name in ("moved", "unmoved")
     )
-    (folder / "moved.pickle").write_bytes(pickle.dumps(slow))
-    for size, step in ((2, 1), (4, 2)):
-        for rank, (status, output, errors) in enumerate(run_ranks(size, "tests.train.toy_runs", folder / "moved.pickle", "0")):
-            assert status == 0, errors
-            assert rank or f"step {step} is saved" in output
-    run_here(slow)
-    other = toy_run(
-        folder, *slow.stages, run_dir=str(folder / "unmoved"), out_dir=str(folder / "unmoved-out"), optimizer="muon"
-    )
-    run_here(other)
-    for own, expected in zip(log_of(slow), log_of(other), strict=True):
+    output = run_jobs(folder, Job(moved, 2, stop_after_seconds=0), Job(moved, 4, stop_after_seconds=0))
+    assert "step 1 is saved" in output and "going on from step 1 of 6" in output and "step 2 is saved" in output
+    run_here(moved)
+    run_here(unmoved)
+    for own, expected in zip(log_of(moved), log_of(unmoved), strict=True):
         for figure in ("loss", "gradient_norm"):
             assert own[figure] == pytest.approx(expected[figure], rel=1e-4), (own["step"], figure)
-    for name, weight in weights_of(slow).items():
-        assert torch.allclose(weight, weights_of(other)[name], atol=1e-6), name
+    expected_weights = weights_of(unmoved)
+    for name, weight in weights_of(moved).items():
+        assert torch.allclose(weight, expected_weights[name], atol=1e-6), name
 
 
 def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path: Path):

@@ -1,6 +1,5 @@
 """How packs are shared out among ranks, and parameters among them, changes neither loss nor gradients: real gloo processes."""
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +7,21 @@ import pytest
 import torch
 
 from openkeye.train.config import RunConfig
-from tests.rank_processes import run_ranks
-from tests.train.toy_runs import ADAPTATION, WARM_UP, log_of, run_keeping_gradients, toy_run, toy_stage, write_toy_model
+from tests.train.toy_runs import (
+    ADAPTATION,
+    WARM_UP,
+    Job,
+    log_of,
+    run_jobs,
+    run_keeping_gradients,
+    toy_run,
+    toy_stage,
+    write_toy_model,
+)
 
 STAGES = (
     toy_stage("answers", num_steps=2, packs_per_step=4, balance_weight=0.1),
+    toy_stage("projector", num_steps=1, packs_per_step=4, trains=("projector",)),
     toy_stage("warm-up", num_steps=1, packs_per_step=4, **WARM_UP),
     toy_stage("adaptation", num_steps=2, packs_per_step=4, **ADAPTATION),
 )
@@ -36,21 +45,21 @@ def run_named(folder: Path, name: str, **changes: object) -> RunConfig:
     return toy_run(folder, *STAGES, run_dir=str(folder / name), out_dir=str(folder / name / "out"), **changes)
 
 
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [(2, {}), (4, {"num_shards": 2, "recomputes": True})],
-    ids=["2", "4, two replicas, recomputed"],
-)
-def test_loss_and_gradients_are_those_of_one_process(folder: Path, alone, size: int, changes: dict):
-    name = f"ranks-{size}-{len(changes)}-{changes.get('num_shards', 0)}"
-    config = run_named(folder, name, **changes)
-    (folder / f"{name}.pickle").write_bytes(pickle.dumps(config))
-    for status, _, errors in run_ranks(size, "tests.train.toy_runs", folder / f"{name}.pickle", "gradients"):
-        assert status == 0, errors
+@pytest.fixture(scope="module")
+def over_ranks(folder: Path) -> dict[int, RunConfig]:
+    configs = {2: run_named(folder, "two"), 4: run_named(folder, "four", num_shards=2, recomputes=True)}
+    run_jobs(folder, *(Job(config, size, keeps_gradients=True) for size, config in configs.items()))
+    return configs
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_loss_and_gradients_are_those_of_one_process(alone, over_ranks, size: int):
+    # Four are two replicas of two shards each, and compute activations again.
+    config = over_ranks[size]
     expected_gradients, expected_records = alone
     for rank in range(size):
         gradients = torch.load(f"{config.out_dir}.gradients.{rank}.pt")
-        assert len(gradients) == len(expected_gradients) == 5
+        assert len(gradients) == len(expected_gradients) == 6
         for step, (own, expected) in enumerate(zip(gradients, expected_gradients, strict=True)):
             assert own.keys() == expected.keys()
             for parameter, gradient in own.items():
@@ -69,4 +78,4 @@ def test_the_packs_are_what_the_test_is_about(alone):
     assert all(
         float(gradient.abs().max()) > 0 for name, gradient in gradients[0].items() if "gate_up" in name or "visual" in name
     )
-    assert "balance" in records[1] and "indexer_kl" in records[2] and "indexer_kl" in records[3]
+    assert "balance" in records[1] and "indexer_kl" in records[3] and "indexer_kl" in records[4]

@@ -1,12 +1,13 @@
 """Whole runs on a network of two layers, for tests: in this process or as real ranks.
 
-As a rank: python -m tests.train.toy_runs RUN.pickle STOP_AFTER_SECONDS, or RUN.pickle gradients (`run_keeping_gradients`)
+In processes of their own: python -m tests.train.toy_runs JOBS (`command_of`).
 """
 
 import json
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from openkeye.train.loop import Trainer
 from openkeye.train.optimizer import Optimizer
 from openkeye.train.reporter import SilentReporter
 from openkeye.train.shard import Ranks
+from tests.rank_processes import find_free_port, run_ranks
 
 IMAGE = 7
 # the token id of picture pads; prose may hold it too
@@ -91,7 +93,7 @@ class ToyDocuments:
 SOURCES = {"toy": ToyDocuments(), "text": ToyDocuments(picture_every=0)}
 
 
-def toy_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> Loader:
+def toy_loader(loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> Loader:
     """The loader of the documents above."""
     sources = {share.source: SOURCES[share.source] for share in loader.shares}
     return Loader(sources, loader, _unused, ranks.rank, ranks.size, state)
@@ -197,7 +199,7 @@ class UnequalPacks:
         """Nothing is open."""
 
 
-def unequal_loader(config: RunConfig, loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> UnequalPacks:
+def unequal_loader(loader: LoaderConfig, ranks: Ranks, state: Mapping[str, Any] | None) -> UnequalPacks:
     """The loader above, for stages of four packs a step."""
     assert loader.packs_per_step == 4 and state is None
     return UnequalPacks(ranks.rank, ranks.size)
@@ -225,19 +227,69 @@ def run_keeping_gradients(config: RunConfig) -> list[dict[str, torch.Tensor]]:
     return kept
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run over so many ranks."""
+
+    config: RunConfig
+    num_ranks: int = 1
+    stop_after_seconds: float = float("inf")
+    keeps_gradients: bool = False
+    # `run_keeping_gradients`; each rank leaves them in a file beside `out_dir`
+
+    def run(self) -> None:
+        """As one rank."""
+        if self.keeps_gradients:
+            torch.save(run_keeping_gradients(self.config), f"{self.config.out_dir}.gradients.{os.environ.get('RANK', 0)}.pt")
+            return
+        reporter = SilentReporter()
+        Trainer(self.config, reporter, toy_loader).run(self.stop_after_seconds)
+        print("\n".join(reporter.lines), flush=True)
+
+
+def command_of(folder: Path, *jobs: Job) -> list[str]:
+    """What runs the jobs one after the other in processes of their own."""
+    path = folder / f"{Path(jobs[0].config.run_dir).name}.jobs"
+    path.write_bytes(pickle.dumps(jobs))
+    return ["tests.train.toy_runs", str(path)]
+
+
+def run_jobs(folder: Path, *jobs: Job) -> str:
+    """All jobs; what they printed."""
+    ((status, output, errors),) = run_ranks(1, *command_of(folder, *jobs))
+    assert status == 0, errors
+    return output
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    config = pickle.loads(Path(sys.argv[1]).read_bytes())
-    if sys.argv[2] == "gradients":
-        kept = run_keeping_gradients(config)
-        torch.save(kept, f"{config.out_dir}.gradients.{os.environ['RANK']}.pt")
-    else:
-        reporter = SilentReporter()
-        is_finished = Trainer(config, reporter, toy_loader).run(float(sys.argv[2]))
-        print("\n".join(reporter.lines), is_finished, flush=True)
-    # gloo's threads, torn down beside those of other ranks, now and then end the process instead.
-    sys.stdout.flush()
-    os._exit(0)
+    for job in pickle.loads(Path(sys.argv[1]).read_bytes()):
+        if job.num_ranks == 1:
+            job.run()
+            continue
+        # Forked, because importing everything takes a rank longer than its run.
+        ranks = [fork_rank(job, rank, free_port) for free_port in [find_free_port()] for rank in range(job.num_ranks)]
+        failed = [rank for rank, pid in enumerate(ranks) if os.waitpid(pid, 0)[1]]
+        assert not failed, f"ranks {failed} of {job.num_ranks} failed"
+
+
+def fork_rank(job: Job, rank: int, port: int) -> int:
+    """The process id of one rank, found by the others as torchrun's are."""
+    pid = os.fork()
+    if pid:
+        return pid
+    place = {"WORLD_SIZE": job.num_ranks, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    status = 1
+    try:
+        job.run()
+        status = 0
+    finally:
+        sys.stdout.flush()
+        if status:
+            traceback.print_exc()
+        # gloo's threads, torn down beside those of other ranks, now and then end the process instead.
+        os._exit(status)
 
 
 if __name__ == "__main__":
