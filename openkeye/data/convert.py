@@ -83,8 +83,8 @@ def _text_document(sample: Sample, processor: Processor, limits: DocumentLimits)
 def _chat_document(sample: Sample, processor: Processor, limits: DocumentLimits) -> Document:
     plain, parts = split_messages([_as_answering_takes_it(message) for message in _with_purpose(sample)])
     runs, length = _runs(sample, plain, processor)
-    sized = _sized(sample, parts, processor, limits) if parts else []
     trunk = _trunk(runs, length, parts, processor)
+    sized = _sized(sample, parts, processor, limits) if parts else []
     tails = [(run.ids[length:], run.is_learnt[length:]) for run in runs if any(run.is_learnt[length:])]
     media_tokens = [num_tokens_of(item, processor) for item in sized]
     num_tokens = length - len(sized) + sum(media_tokens) + sum(len(ids) for ids, _ in tails)

@@ -1,6 +1,7 @@
 """Documents hold what answering would see: every test compares with `lay_out` of the messages before the answer."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -185,7 +186,7 @@ def test_a_template_that_drops_earlier_thoughts_makes_a_branch_of_each_answer(mo
 
 def test_pictures_behind_a_rewritten_turn_are_refused_with_the_mend(models, clip):
     later = [user({"type": "video", "video": clip}, text("And here?")), says("No.")]
-    with pytest.raises(InputError, match='a:1: .*rewrites earlier turns.*"learn": false'):
+    with pytest.raises(InputError, match=r'a:1: .*rewrites earlier turns.*"learn": false'):
         to_document(Sample("a:1", [user("Hm?"), says("Red."), *later]), models["thinking"], LIMITS)
     document = to_document(Sample("a:1", [user("Hm?"), says("Red.", learn=False), *later]), models["thinking"], LIMITS)
     assert learnt_text(document, models["thinking"]) == ["<think>\n\n</think>\n\nNo.<|im_end|>"]
@@ -267,7 +268,7 @@ def test_what_does_not_fit_or_teaches_nothing_names_the_sample(bundled, clip, tm
     video = [user({"type": "video", "video": clip}, text("?")), says("!")]
     with pytest.raises(InputError, match=r"a:1: 188 tokens \(168 of pictures\); .* holds 64: lower video_tokens"):
         to_document(Sample("a:1", video), bundled, DocumentLimits(64))
-    with pytest.raises(InputError, match="a:1: .*holds 64: shorten its text"):
+    with pytest.raises(InputError, match=r"a:1: .*holds 64: shorten its text"):
         to_document(Sample("a:1", [user("word " * 90), says("!")]), bundled, DocumentLimits(64))
     wrong = {
         "no assistant's message": [user("a"), says("b", learn=False)],
@@ -311,3 +312,11 @@ def test_pictures_and_videos_come_in_the_order_of_their_pads(bundled, clip):
     assert (document.pictures[0].pixels[1][0, 0, 0] == [250, 0, 0]).all()
     image_pads = document.input_ids == bundled.image_token_id
     assert int(image_pads.sum()) == 16 and bool(document.is_media[image_pads].all())
+
+
+def test_a_text_model_learns_chats_and_refuses_pictures(models, clip):
+    blind = replace(models["turns"], image_token_id=-1, video_token_id=-1)
+    document = to_document(Sample("a:1", [user("a"), says("b c")]), blind, LIMITS)
+    assert learnt_text(document, blind) == ["b c<|endoftext|>"] and not document.pictures and not bool(document.is_media.any())
+    with pytest.raises(InputError, match=r"a:1: .*places 0 videos where the messages hold 1"):
+        to_document(Sample("a:1", [user({"type": "video", "video": clip}), says("b")]), blind, LIMITS)
