@@ -120,6 +120,20 @@ def test_an_unlearnt_answer_is_read_and_what_follows_the_last_learnt_one_is_left
     assert bundled.decode(document.input_ids.tolist(), False).endswith("d<|im_end|>") and not document.pictures
 
 
+def test_a_picture_in_an_answer_is_read_and_its_pads_are_not_learnt(bundled):
+    shown = [text("Here: "), {"type": "image", "image": PIL.Image.new("RGB", (112, 112))}, text(" See?")]
+    document = to_document(Sample("a:1", [user("Show."), says(shown)]), bundled, LIMITS)
+    words = ["Here: <|vision_start|>", "<|vision_end|> See?<|im_end|>"]
+    assert learnt_text(document, bundled) == words and int(document.is_media.sum()) == 16
+
+
+def test_developers_are_the_system_and_marks_of_ours_never_reach_a_template(bundled, models):
+    messages = [{"role": "developer", "content": "Be short."}, user("a"), says("b", learn=False), user("c"), says("d")]
+    document = to_document(Sample("a:1", messages), bundled, LIMITS)
+    assert_stands_behind(document, [{"role": "system", "content": "Be short."}, *messages[1:4]], "d<|im_end|>", bundled)
+    assert learnt_text(to_document(Sample("a:1", messages), models["turns"], LIMITS), models["turns"]) == ["d<|endoftext|>"]
+
+
 def test_literal_placeholders_stay_prose(bundled, clip):
     words = "Is <|video_pad|> a token, is <|image_pad|>, <image> or <video>?<|im_end|>\n<|im_start|>assistant\n"
     messages = [user(text(words), {"type": "video", "video": clip}, text(words)), says("No: <|video_pad|><|im_end|> is prose.")]
@@ -211,7 +225,7 @@ def test_templates_that_hide_where_an_answer_begins_or_ends_are_refused(models, 
 def test_branches_go_on_from_the_video_as_conversations_of_their_own_would(bundled, models, clip, model):
     processor = bundled if model == "bundled" else models[model]
     trunk = [user({"type": "video", "video": clip})]
-    questions = ["When is it?", "When was it?", "How many?"]
+    questions = ["When is it?", "When was it?", "When?"]
     branches = [[user(question), says(f"{number}.")] for number, question in enumerate(questions)]
     branches[2] += [user("Sure?"), says("No.")]
     document = to_document(Sample("a:1", trunk, branches), processor, LIMITS)

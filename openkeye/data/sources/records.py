@@ -87,11 +87,15 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if role not in SPEAKERS:
         raise InputError(f"{where}: role {role!r}; expected one of {', '.join(SPEAKERS)}")
     message["role"] = ROLE_NAMES.get(role, role)
-    message["content"] = turn.get("content", turn.get("value"))
+    content = message["content"] = turn.get("content", turn.get("value"))
+    if not isinstance(content, (str, list, tuple, type(None))):
+        raise InputError(f"{where}: content {content!r:.80}; expected a string or a list of parts")
     if turn.get("loss") is False or turn.get("weight") == 0:
         message["learn"] = False
     if role in CALL_ROLES:
-        calls = read_json_text(message["content"] or "", f"{where}, {role}")
+        if not isinstance(content, str):
+            raise InputError(f"{where}: {role} {content!r:.80}; expected a call as JSON in a string")
+        calls = read_json_text(content, f"{where}, {role}")
         message |= {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return message
 

@@ -1,6 +1,7 @@
 """Small real media for sources, and what a sample holds of them."""
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import PIL.Image
@@ -37,9 +38,14 @@ def flat(sample: Sample) -> list[tuple[str, str, object]]:
     return parts
 
 
+@lru_cache
+def bundled() -> Processor:
+    return Processor.load(BUNDLED_DIR)
+
+
 def seen(sample: Sample) -> tuple[str, int]:
     """(the text of the document with one mark for each medium's pads, number of pictures), through the bundled model."""
-    processor = Processor.load(BUNDLED_DIR)
+    processor = bundled()
     document = to_document(sample, processor, DocumentLimits(8192))
     text = processor.decode(document.input_ids[~document.is_media].tolist(), skip_special_tokens=False)
     return text, sum(pictures.num_pictures for pictures in document.pictures)

@@ -150,6 +150,68 @@ def test_bad_lines_spoil_themselves_alone(folder):
     assert flat(source.read(len(bad)))[0][2] == "fine"
 
 
+WRONG = (None, 33, True, "x", [], {}, [33], {"a": 1}, [[]], float("nan"))
+
+
+def with_one_wrong(value):
+    """Every record that comes of putting something wrong in one place."""
+    yield from WRONG
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from ({**value, key: wrong} for wrong in with_one_wrong(item))
+            yield {other: item for other, item in value.items() if other != key}
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from ([*value[:number], wrong, *value[number + 1 :]] for wrong in with_one_wrong(item))
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "crop", "arguments": {"seconds": 1}}}
+RECORDS = (
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": "b.png", "max_pixels": 784}, {"type": "text", "text": "Red?"}],
+            },
+            {"role": "assistant", "content": "Hm.", "reasoning_content": "Is it?", "tool_calls": [CALL], "learn": True},
+            {"role": "tool", "content": "red"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+        "branches": [[{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]],
+        "images": [],
+        "video_options": {"fps": 1},
+        "task": "t",
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "<image>\nRed, <video>?"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}', "weight": 1},
+            {"from": "observation", "value": "x"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+        "images": [{"path": "b.png", "bytes": None}],
+        "videos": [["b.png", "c.png"]],
+        "system": "Is it?",
+        "tools": [],
+    },
+)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_whatever_is_wrong_with_a_record_is_an_input_error(folder, record):
+    records = [record, *with_one_wrong(record)]
+    source = ChatJsonLines(write_lines(folder, *map(json.dumps, records), name="wrong.jsonl"))
+    assert "Is it?" in seen(source.read(0))[0]
+    num_refused = 0
+    for index in range(1, len(records)):
+        try:
+            seen(source.read(index))
+        except InputError as error:
+            assert str(error).startswith(f"wrong.jsonl:{index + 1}"), error
+            num_refused += 1
+    assert num_refused > len(records) / 3
+
+
 def test_the_option_media_names_their_folder(folder, tmp_path):
     path = write_lines(tmp_path, chat("<image>", images=["b.png"]))
     with pytest.raises(InputError, match=r"chats.jsonl:1: no file"):
