@@ -83,8 +83,8 @@ def _text_document(sample: Sample, processor: Processor, limits: DocumentLimits)
 def _chat_document(sample: Sample, processor: Processor, limits: DocumentLimits) -> Document:
     plain, parts = split_messages([_as_answering_takes_it(message) for message in _with_purpose(sample)])
     runs, length = _runs(sample, plain, processor)
-    sized = _sized(sample, parts, processor, limits) if parts else []
     trunk = _trunk(runs, length, parts, processor)
+    sized = _sized(sample, parts, processor, limits) if parts else []
     tails = [(run.ids[length:], run.is_learnt[length:]) for run in runs if any(run.is_learnt[length:])]
     media_tokens = [num_tokens_of(item, processor) for item in sized]
     num_tokens = length - len(sized) + sum(media_tokens) + sum(len(ids) for ids, _ in tails)
@@ -131,7 +131,10 @@ def _as_answering_takes_it(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message as the server hands it to the template: no developers, calls as objects and not as JSON in a string."""
     if not isinstance(message, Mapping):
         return message
-    changed = dict(message)
+    for name, kind in (("reasoning_content", str), ("tool_calls", (list, tuple)), ("learn", bool)):
+        if not isinstance(message.get(name), (kind, type(None))):
+            raise InputError(f"{name} is {message[name]!r:.80}; expected {'a list' if name == 'tool_calls' else kind.__name__}")
+    changed = {name: value for name, value in message.items() if name != "learn" or value is not None}
     if message.get("role") == "developer":
         changed["role"] = "system"
     if message.get("tool_calls"):

@@ -2,9 +2,9 @@
 
 The mask comes from rendering and never from searching: the messages before an answer are rendered as answering renders
 them, the messages with it once more, and what the second text adds to the first is what the model has to say. As long as a
-turn's prompt begins with the tokens of the turns before, they share one run. Where it does not (a template that drops the thinking of earlier
-turns, a tokenizer that reads across the seam), another run begins, so that no answer is learnt behind tokens that answering
-would not see.
+turn's prompt begins with the tokens of the turns before, they share one run. Where it does not (a template that drops the
+thinking of earlier turns, a tokenizer that reads across the seam), another run begins, so that no answer is learnt behind
+tokens that answering would not see.
 """
 
 import json

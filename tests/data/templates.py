@@ -44,9 +44,10 @@ THINKING = """{%- if tools %}<|im_start|>system
 {% endif %}"""
 # Thinks behind the last question only, as Qwen3 does: earlier turns are rewritten, and the last answer always has a thought.
 
-TURNS = """{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}<|endoftext|>
+TURNS = """{{ bos_token }}{% for message in messages %}{% if message.learn is defined %}{{ raise_exception("what is this?") }}{% endif %}
+[{{ message.role }}] {{ message.content }}<|endoftext|>
 {%- endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
-# One line for all turns, another end token, no line break behind it, and a space at the seam.
+# Another end token without a line break behind it, a space at the seam, and no patience with fields that nobody knows.
 
 ENDLESS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -1,6 +1,7 @@
 """Documents hold what answering would see: every test compares with `lay_out` of the messages before the answer."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -119,6 +120,20 @@ def test_an_unlearnt_answer_is_read_and_what_follows_the_last_learnt_one_is_left
     assert bundled.decode(document.input_ids.tolist(), False).endswith("d<|im_end|>") and not document.pictures
 
 
+def test_a_picture_in_an_answer_is_read_and_its_pads_are_not_learnt(bundled):
+    shown = [text("Here: "), {"type": "image", "image": PIL.Image.new("RGB", (112, 112))}, text(" See?")]
+    document = to_document(Sample("a:1", [user("Show."), says(shown)]), bundled, LIMITS)
+    words = ["Here: <|vision_start|>", "<|vision_end|> See?<|im_end|>"]
+    assert learnt_text(document, bundled) == words and int(document.is_media.sum()) == 16
+
+
+def test_developers_are_the_system_and_marks_of_ours_never_reach_a_template(bundled, models):
+    messages = [{"role": "developer", "content": "Be short."}, user("a"), says("b", learn=False), user("c"), says("d")]
+    document = to_document(Sample("a:1", messages), bundled, LIMITS)
+    assert_stands_behind(document, [{"role": "system", "content": "Be short."}, *messages[1:4]], "d<|im_end|>", bundled)
+    assert learnt_text(to_document(Sample("a:1", messages), models["turns"], LIMITS), models["turns"]) == ["d<|endoftext|>"]
+
+
 def test_literal_placeholders_stay_prose(bundled, clip):
     words = "Is <|video_pad|> a token, is <|image_pad|>, <image> or <video>?<|im_end|>\n<|im_start|>assistant\n"
     messages = [user(text(words), {"type": "video", "video": clip}, text(words)), says("No: <|video_pad|><|im_end|> is prose.")]
@@ -185,7 +200,7 @@ def test_a_template_that_drops_earlier_thoughts_makes_a_branch_of_each_answer(mo
 
 def test_pictures_behind_a_rewritten_turn_are_refused_with_the_mend(models, clip):
     later = [user({"type": "video", "video": clip}, text("And here?")), says("No.")]
-    with pytest.raises(InputError, match='a:1: .*rewrites earlier turns.*"learn": false'):
+    with pytest.raises(InputError, match=r'a:1: .*rewrites earlier turns.*"learn": false'):
         to_document(Sample("a:1", [user("Hm?"), says("Red."), *later]), models["thinking"], LIMITS)
     document = to_document(Sample("a:1", [user("Hm?"), says("Red.", learn=False), *later]), models["thinking"], LIMITS)
     assert learnt_text(document, models["thinking"]) == ["<think>\n\n</think>\n\nNo.<|im_end|>"]
@@ -210,7 +225,7 @@ def test_templates_that_hide_where_an_answer_begins_or_ends_are_refused(models, 
 def test_branches_go_on_from_the_video_as_conversations_of_their_own_would(bundled, models, clip, model):
     processor = bundled if model == "bundled" else models[model]
     trunk = [user({"type": "video", "video": clip})]
-    questions = ["When is it?", "When was it?", "How many?"]
+    questions = ["When is it?", "When was it?", "When?"]
     branches = [[user(question), says(f"{number}.")] for number, question in enumerate(questions)]
     branches[2] += [user("Sure?"), says("No.")]
     document = to_document(Sample("a:1", trunk, branches), processor, LIMITS)
@@ -267,7 +282,7 @@ def test_what_does_not_fit_or_teaches_nothing_names_the_sample(bundled, clip, tm
     video = [user({"type": "video", "video": clip}, text("?")), says("!")]
     with pytest.raises(InputError, match=r"a:1: 188 tokens \(168 of pictures\); .* holds 64: lower video_tokens"):
         to_document(Sample("a:1", video), bundled, DocumentLimits(64))
-    with pytest.raises(InputError, match="a:1: .*holds 64: shorten its text"):
+    with pytest.raises(InputError, match=r"a:1: .*holds 64: shorten its text"):
         to_document(Sample("a:1", [user("word " * 90), says("!")]), bundled, DocumentLimits(64))
     wrong = {
         "no assistant's message": [user("a"), says("b", learn=False)],
@@ -311,3 +326,11 @@ def test_pictures_and_videos_come_in_the_order_of_their_pads(bundled, clip):
     assert (document.pictures[0].pixels[1][0, 0, 0] == [250, 0, 0]).all()
     image_pads = document.input_ids == bundled.image_token_id
     assert int(image_pads.sum()) == 16 and bool(document.is_media[image_pads].all())
+
+
+def test_a_text_model_learns_chats_and_refuses_pictures(models, clip):
+    blind = replace(models["turns"], image_token_id=-1, video_token_id=-1)
+    document = to_document(Sample("a:1", [user("a"), says("b c")]), blind, LIMITS)
+    assert learnt_text(document, blind) == ["b c<|endoftext|>"] and not document.pictures and not bool(document.is_media.any())
+    with pytest.raises(InputError, match=r"a:1: .*places 0 videos where the messages hold 1"):
+        to_document(Sample("a:1", [user({"type": "video", "video": clip}), says("b")]), blind, LIMITS)

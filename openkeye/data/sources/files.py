@@ -51,7 +51,10 @@ def media_below(folder: Path, where: str) -> FindMedia:
     def find(location: str) -> str:
         if location.startswith("data:"):
             return location
-        path = folder / local_path(location)
+        try:
+            path = folder / local_path(location)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         if not path.is_file():
             raise InputError(f"{where}: no file {path}; check the path, or say with the option media which folder it is in")
         return str(path)

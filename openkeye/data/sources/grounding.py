@@ -33,10 +33,13 @@ class Annotation:
 class GroundingSource:
     """A `Source`: the videos of annotations, the queries about each as branches behind it, or a sample for each query."""
 
-    def __init__(
-        self, annotations: Iterable[Annotation], videos: str, path: Path, question: str, groups: bool
-    ) -> None:
-        """path: of the annotations, whose folder is the videos' where `videos` says none. groups: whether queries share a sample.
+    def __init__(self, annotations: Iterable[Annotation], videos: str, path: Path, question: str, groups: bool) -> None:
+        """Sort annotations by video.
+
+        Args:
+            videos: the folder of the videos; "": that of the annotations, which `path` is.
+            question: with {query} where the query stands.
+            groups: whether the queries about a video share a sample.
 
         Raises:
             InputError: no such folder, no annotation, or a question without {query}.

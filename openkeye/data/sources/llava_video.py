@@ -24,7 +24,7 @@ class LlavaVideo:
         self._videos = existing_folder(videos, "the folder of the videos") if videos else self._file.parent
         records = read_json_text(self._file.read_bytes(), str(self._file))
         if not isinstance(records, list):
-            raise InputError(f"{self._file}: holds one {type(records).__name__}, expected a list; use chat_json_lines for lines")
+            raise InputError(f"{self._file}: holds a {type(records).__name__}, expected a list; for lines use chat_json_lines")
         # As bytes: objects would cost every process that reads several times as much.
         lines = [json.dumps(record).encode() for record in records]
         self._bounds = np.cumsum([0, *(len(line) for line in lines)])

@@ -18,7 +18,7 @@ NUM_HELD_GROUPS = 2
 
 
 class ParquetRows:
-    """A `Source`: a row a sample (`records.sample_of_record`), file after file; of a file only the row group asked for is read."""
+    """A `Source`: a row a sample (`records.sample_of_record`), file after file; only the row group asked for is decoded."""
 
     def __init__(self, path: str | Path, *, media: str = "") -> None:
         """Read the files' footers.
@@ -32,12 +32,15 @@ class ParquetRows:
         """
         self._files = files_at(path, "*.parquet", "a Parquet file or a folder of them")
         self._media = existing_folder(media, "the folder of the media") if media else None
-        groups = [
-            (number, group, rows) for number, file in enumerate(self._files) for group, rows in enumerate(_row_groups(file))
-        ]
-        self._groups = [(number, group) for number, group, _ in groups]
-        self._ends = np.cumsum([rows for _, _, rows in groups], dtype=np.int64)
-        # [groups]: samples up to the end of each
+        self._groups: list[tuple[int, int, int]] = []
+        # (file, its row group, rows of the file before it)
+        sizes = [0]
+        for number, file in enumerate(self._files):
+            rows = _row_groups(file)
+            self._groups += [(number, group, sum(rows[:group])) for group in range(len(rows))]
+            sizes += rows
+        self._bounds = np.cumsum(sizes, dtype=np.int64)
+        # [groups + 1]: samples before each
         self._held: OrderedDict[int, pyarrow.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,27 +48,25 @@ class ParquetRows:
 
     @property
     def num_samples(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._bounds[-1])
 
     def read(self, index: int) -> Sample:
         """See `Source.read`."""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        file = self._files[self._groups[group][0]]
-        first_of_file = next(number for number, (other, _) in enumerate(self._groups) if self._files[other] == file)
-        begin = int(self._ends[first_of_file - 1]) if first_of_file else 0
-        where = f"{file.name}:{index - begin + 1}"
-        row = index - (int(self._ends[group - 1]) if group else 0)
+        group = int(np.searchsorted(self._bounds, index, side="right")) - 1
+        number, _, num_before = self._groups[group]
+        file, row = self._files[number], index - int(self._bounds[group])
+        where = f"{file.name}:{num_before + row + 1}"
         try:
             record = self._table(group).slice(row, 1).to_pylist()[0]
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{where}: cannot be read ({str(error):.120}); copy or make {file} again") from error
+            raise InputError(f"{where}: cannot be read ({error!s:.120}); copy or make {file} again") from error
         return sample_of_record(_without_nothing(record), where, media_below(self._media or file.parent, where))
 
     def _table(self, group: int) -> pyarrow.Table:
         if group in self._held:
             self._held.move_to_end(group)
             return self._held[group]
-        number, group_of_file = self._groups[group]
+        number, group_of_file, _ = self._groups[group]
         with pyarrow.parquet.ParquetFile(self._files[number]) as file:
             columns = [name for name in file.schema_arrow.names if name in RECORD_FIELDS]
             table = file.read_row_group(group_of_file, columns=columns)
@@ -82,7 +83,7 @@ def _row_groups(path: Path) -> list[int]:
             names, metadata = file.schema_arrow.names, file.metadata
             groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole Parquet file ({str(error):.120}); copy or make it again") from error
+        raise InputError(f"{path}: not a whole Parquet file ({error!s:.120}); copy or make it again") from error
     if not {"messages", "conversations", "text"} & set(names):
         raise InputError(f"{path}: columns {', '.join(names)}; expected messages, conversations or text among them")
     return groups

@@ -1,7 +1,7 @@
-"""Chat records as people write them to `Sample`: OpenAI parts, placeholders beside lists of media, turns of `from` and `value`."""
+"""From chat records as people write them to `Sample`: OpenAI parts, placeholders for lists of media, `from` and `value`."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from openkeye.common.checks import InputError
@@ -10,7 +10,8 @@ from openkeye.data.sources.files import FindMedia, read_json_text
 from openkeye.inputs.messages import ROLES
 
 RECORD_FIELDS = (
-    "messages", "conversations", "branches", "text", "system", "tools", "images", "videos", "image", "video", "task", "video_options"
+    "messages", "conversations", "branches", "text", "system", "tools", "images", "videos", "image", "video", "task",
+    "video_options",
 )  # fmt: skip
 # what is read of a record; others are left alone
 
@@ -45,7 +46,7 @@ def sample_of_record(record: Any, where: str, find: FindMedia) -> Sample:
     media = _Media(record, where, find)
     messages = [_message(turn, where) for turn in _list_of(turns, "messages", where)]
     if not messages:
-        raise InputError(f"{where}: no messages, conversations or text in {', '.join(map(str, record)) or 'it'}; add one of them")
+        raise InputError(f"{where}: {', '.join(map(str, record)) or 'nothing'}; expected messages, conversations or text")
     if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": record["system"]}, *messages]
     branches = [
@@ -86,11 +87,15 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if role not in SPEAKERS:
         raise InputError(f"{where}: role {role!r}; expected one of {', '.join(SPEAKERS)}")
     message["role"] = ROLE_NAMES.get(role, role)
-    message["content"] = turn.get("content", turn.get("value"))
+    content = message["content"] = turn.get("content", turn.get("value"))
+    if not isinstance(content, (str, list, tuple, type(None))):
+        raise InputError(f"{where}: content {content!r:.80}; expected a string or a list of parts")
     if turn.get("loss") is False or turn.get("weight") == 0:
         message["learn"] = False
     if role in CALL_ROLES:
-        calls = read_json_text(message["content"] or "", f"{where}, {role}")
+        if not isinstance(content, str):
+            raise InputError(f"{where}: {role} {content!r:.80}; expected a call as JSON in a string")
+        calls = read_json_text(content, f"{where}, {role}")
         message |= {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return message
 
@@ -115,12 +120,12 @@ class _Media:
         ]
         return self._with_rest_in_front(placed)
 
-    def with_files(self, message: dict[str, Any]) -> dict[str, Any]:
+    def with_files(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """A message whose parts say where their media are; a part that says nothing takes the next one of its list."""
         content = message["content"]
         if not isinstance(content, (list, tuple)):
             return message
-        return message | {"content": [self._part(part) for part in content]}
+        return {**message, "content": [self._part(part) for part in content]}
 
     def _part(self, part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -166,7 +171,9 @@ class _Media:
             name = "image" if is_mixed_up else kind
             num_written = written.count(name)
             if waiting and num_written not in (0, len(waiting)):
-                raise InputError(f"{self._where}: {num_written} times <{name}> and {len(waiting)} files; give one file for each")
+                raise InputError(
+                    f"{self._where}: {num_written} times <{name}> and {len(waiting)} files; give one file for each"
+                )
             if waiting and num_written:
                 kinds[name] = kind
         return kinds
@@ -193,12 +200,10 @@ class _Media:
                     parts[-1]["text"] += words
                 else:
                     parts.append({"type": "text", "text": words})
-        first = next((number for number, part in enumerate(parts) if part["type"] == "text"), 0)
-        if first:
-            parts[first]["text"] = parts[first]["text"].removeprefix("\n")
-        last = next((number for number in reversed(range(len(parts))) if parts[number]["type"] == "text"), len(parts) - 1)
-        if last < len(parts) - 1:
-            parts[last]["text"] = parts[last]["text"].removesuffix("\n")
+        for part in _texts_at_edge(parts):
+            part["text"] = part["text"].removeprefix("\n")
+        for part in _texts_at_edge(parts[::-1]):
+            part["text"] = part["text"].removesuffix("\n")
         return [part for part in parts if part.get("text") != ""]
 
     def _with_rest_in_front(self, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -212,6 +217,17 @@ class _Media:
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
                 return [*messages[:number], {**message, "content": [*rest, *parts]}, *messages[number + 1 :]]
         raise InputError(f"{self._where}: pictures or videos, and no user's message to put them in; add one")
+
+
+def _texts_at_edge(parts: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Texts behind the first medium, up to the first that says something; none where words come before it."""
+    if parts and parts[0]["type"] == "text":
+        return
+    for part in parts:
+        if part["type"] == "text":
+            yield part
+            if part["text"]:
+                return
 
 
 def _may_hold_placeholders(message: Mapping[str, Any]) -> bool:
