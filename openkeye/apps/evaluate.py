@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from openkeye.apps.evaluate_text import add_text_suite
+from openkeye.apps.evaluate_text import run as run_text
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.common.checks import InputError, writing_to
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from openkeye.engine.loop import Engine
     from openkeye.frameforge.writer import ClipFile
 
-SUMMARY = "score a checkpoint on synthetic videos with known answers"
+SUMMARY = "score a checkpoint on synthetic videos with known answers, or a text model on real text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite.add_argument("--workers", type=int, default=None, help="processes that film clips (default: one less than the cores)")
     suite.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(suite, attention=("sparse", "dense", "both"))
+    add_text_suite(suites.add_parser("text", help="perplexity, the indexer's recall and needles of a text model"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Film, ask, score, print."""
+    if arguments.suite == "text":
+        return run_text(arguments)
     if arguments.num < 1:
         raise InputError(f"--num is {arguments.num}; give at least 1")
     modes = ("sparse", "dense") if arguments.attention == "both" else (arguments.attention,)
