@@ -8,6 +8,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from openkeye.apps import evaluate_needle
+from openkeye.apps.evaluate_text import add_text_suite
+from openkeye.apps.evaluate_text import run as run_text
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.apps.video_room import check_room, whole_video_limits
 from openkeye.common.checks import InputError, writing_to
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from openkeye.frameforge.writer import ClipFile
     from openkeye.inputs.sampling import VideoLimits
 
-SUMMARY = "score a checkpoint on synthetic videos with known answers"
+SUMMARY = "score a checkpoint on synthetic videos with known answers, or a text model on real text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(suite, attention=("sparse", "dense", "both"))
     needle = suites.add_parser("needle", help="a thing shown for 3-4 s, by length and depth of the video")
     evaluate_needle.add_arguments(needle)
+    add_text_suite(suites.add_parser("text", help="perplexity, the indexer's recall and needles of a text model"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Film, ask, score, print."""
     if arguments.suite == "needle":
         return evaluate_needle.run(arguments)
+    if arguments.suite == "text":
+        return run_text(arguments)
     if arguments.num < 1:
         raise InputError(f"--num is {arguments.num}; give at least 1")
     modes = ("sparse", "dense") if arguments.attention == "both" else (arguments.attention,)
