@@ -12,7 +12,7 @@ import torch
 from openkeye.common.checks import InputError, writing_to
 from openkeye.data.document import Document
 from openkeye.data.sample import Sample
-from openkeye.data.sources import open_source
+from openkeye.data.sources.opening import open_source
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.train.config import RunConfig
