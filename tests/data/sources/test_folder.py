@@ -44,7 +44,7 @@ def test_questions_about_one_video_are_branches_behind_it(folder):
     assert source.num_samples == 2 and source.num_questions == 3
     assert first.messages == [{"role": "user", "content": [{"type": "video", "video": str(folder / "clip0.mp4")}]}]
     assert turns(first) == [("What?", "This."), ("When?", "Now.")] and first.name == f"{folder.name}/clip0.mp4"
-    assert turns(second) == [("Who?", "She.")] and second.branches == () and second.messages[0]["content"][0]["type"] == "video"
+    assert turns(second) == [("Who?", "She.")] and not second.branches and second.messages[0]["content"][0]["type"] == "video"
 
 
 def test_every_form_of_questions(folder):
