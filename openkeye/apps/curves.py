@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from openkeye.common.checks import writing_to
 LOG_FILE, PICTURE_FILE = "log.jsonl", "curves.png"
 NUM_NAMED = 8
 # lines that a legend names; more of them are layers, told by colour
+LOG_FROM = 5.0
+# times the smallest value that the largest has to be for a logarithmic axis
 Record = Mapping[str, float | int | str]
 
 
@@ -72,10 +75,11 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, Lines, str]]:
     tasks = _lines(records, lambda name: name.startswith("loss/"), lambda name: name.partition("/")[2])
     answer = _lines(records, lambda name: name == "answer_loss", lambda _: "all answers")
     losses = answer | tasks or _lines(records, lambda name: name == "loss", lambda name: name)
+    rates = _lines(records, lambda name: name.startswith("rate/"), lambda name: name.partition("/")[2])
     return [
         ("loss (nats a token)", losses, "log"),
         ("indexer's divergence (KL)", _lines(records, lambda name: name == "indexer_kl", lambda _: "all layers"), "log"),
-        ("learning rate", _lines(records, lambda name: name.startswith("rate/"), lambda name: name.partition("/")[2]), "log"),
+        ("learning rate", _merged(rates), "log"),
         ("recall of attention's top k", _by_layer(records, "indexer_recall"), "linear"),
         ("attention inside the selection", _by_layer(records, "indexer_mass"), "linear"),
         ("tokens/s", _lines(records, lambda name: name == "tokens_per_second", lambda _: "all ranks"), "linear"),
@@ -91,6 +95,14 @@ def _lines(records: Sequence[Record], is_shown: Callable[[str], bool], label: Ca
                 steps.append(int(record["step"]))
                 values.append(float(value))
     return found
+
+
+def _merged(lines: Lines) -> Lines:
+    """Lines that lie on one another as one, with all their names."""
+    names: dict[tuple[tuple[int, ...], tuple[float, ...]], list[str]] = {}
+    for name, (steps, values) in lines.items():
+        names.setdefault((tuple(steps), tuple(values)), []).append(name)
+    return {", ".join(sharing): (list(steps), list(values)) for (steps, values), sharing in names.items()}
 
 
 def _by_layer(records: Sequence[Record], name: str) -> Lines:
@@ -110,7 +122,9 @@ def _draw_panel(axis: Any, title: str, lines: Lines, scale: str) -> None:
         # A single point draws no line.
         marker = "o" if len(steps) == 1 else None
         axis.plot(steps, values, label=name, color=colour, linewidth=1.0 if is_layer else 1.6, marker=marker, markersize=3)
-    if scale == "log" and all(value > 0 for _, values in lines.values() for value in values):
+    everything = [value for _, values in lines.values() for value in values if math.isfinite(value)]
+    # Over less than a few times its smallest value a plain axis is easier to read.
+    if scale == "log" and everything and min(everything) > 0 and max(everything) > LOG_FROM * min(everything):
         axis.set_yscale("log")
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25)

@@ -44,7 +44,7 @@ def finetune(
     rate: float | None = None,
     trains: tuple[str, ...] = (),
     held_out_share: float = 0.1,
-    fps: float | None = None,
+    fps: float = 0.0,
     seed: int = 0,
 ) -> RunConfig:
     """Every video with all its questions, shuffled, num_epochs times.
@@ -58,17 +58,16 @@ def finetune(
         min_steps: the least number of steps, however few the samples.
         rate: the peak (default: 2e-5 at a width of 2,048, more for narrower models).
         trains: of vision, projector, decoder and indexer (default: all but vision).
-        fps: sampled frames per second (default: the checkpoint's).
+        fps: sampled frames per second (default, 0: the checkpoint's).
 
     Raises:
         InputError: a folder without usable questions, videos that cannot be read or do not fit the model's context.
     """
     if out_dir == model_dir:
         raise InputError(f"out_dir is {out_dir!r}, the model that training begins with; give another folder")
-    options: dict[str, str | int | float | bool] = {"part": "train", "held_out_share": held_out_share, "seed": seed}
-    if fps is not None:
-        options["fps"] = fps
-    train, held_out = (Folder(data, options | {"part": part}) for part in ("train", "held_out"))
+    train, held_out = (
+        Folder(data, part=part, held_out_share=held_out_share, seed=seed, fps=fps) for part in ("train", "held_out")
+    )
     lengths, is_every = _token_counts(train, Processor.load(model_dir))
     config = read_json(resolve_model_dir(model_dir) / "config.json")
     context = _context(lengths, is_every, config, data)
@@ -88,9 +87,10 @@ def finetune(
         rate=RATE_AT_WIDTH_2048 * 2048 / config["hidden_size"] if rate is None else rate,
         num_warmup_steps=min(20, num_steps // 10),
     )
-    sources = {"folder": SourceConfig("folder", data, options)}
+    options = {"held_out_share": held_out_share, "seed": seed, "fps": fps}
+    sources = {"folder": SourceConfig("folder", data, {"part": "train", **options})}
     if held_out.num_samples:
-        sources["held_out"] = SourceConfig("folder", data, options | {"part": "held_out"})
+        sources["held_out"] = SourceConfig("folder", data, {"part": "held_out", **options})
     return RunConfig(
         model_dir=model_dir,
         run_dir=run_dir or f"{out_dir.rstrip('/')}-run",

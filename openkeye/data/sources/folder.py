@@ -28,7 +28,6 @@ EXAMPLE = '{"video": "a.mp4", "question": "What happens first?", "answer": "A do
 
 PARTS = ("train", "held_out", "all")
 MIN_MEDIA_TO_HOLD_OUT = 5
-OPTIONS = ("part", "held_out_share", "seed", "fps")
 
 
 @dataclass(frozen=True)
@@ -59,31 +58,34 @@ class Folder:
     Some videos are held out: always the same ones, chosen by name, and none where there are less than five.
     """
 
-    def __init__(self, path: str | Path, options: Mapping[str, str | int | float | bool] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, part: str = "all", held_out_share: float = 0.1, seed: int = 0, fps: float = 0.0
+    ) -> None:
         """Read the folder's questions; no video is opened.
 
-        options: part ("train", "held_out" or "all"), held_out_share (default 0.1), seed (of the choice), fps (frames sampled
-            of every second, where a line does not say; default: the checkpoint's).
+        Args:
+            path: the folder.
+            part: "train", "held_out" or "all".
+            held_out_share: of the videos.
+            seed: of the choice.
+            fps: frames sampled of every second, where a line does not say; 0: as the checkpoint says.
 
         Raises:
             InputError: no folder, no questions, or lines that make no sense; says what was found.
         """
-        chosen = dict(options or {})
-        for name in chosen:
-            if name not in OPTIONS:
-                raise InputError(f"{path}: option {name!r} is unknown; choose from {', '.join(OPTIONS)}")
-        part, share = str(chosen.get("part", "all")), float(chosen.get("held_out_share", 0.1))
         if part not in PARTS:
             raise InputError(f"{path}: part is {part!r}; choose from {', '.join(PARTS)}")
-        if not 0 <= share < 1:
-            raise InputError(f"{path}: held_out_share is {share}; give a share from 0 to below 1")
-        self._video_options = {"fps": float(chosen["fps"])} if "fps" in chosen else {}
+        if not 0 <= held_out_share < 1:
+            raise InputError(f"{path}: held_out_share is {held_out_share}; give a share from 0 to below 1")
+        if not (math.isfinite(fps) and fps >= 0):
+            raise InputError(f"{path}: fps is {fps}; give a rate above 0, or 0 for the checkpoint's")
+        self._video_options = {"fps": fps} if fps else {}
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             raise InputError(f"{path}: no such folder; give the folder with your videos and a questions.jsonl")
         self._files = _FolderFiles(self.root)
         groups = self._groups(self._read_entries())
-        held_out = _held_out(list(groups), share, int(chosen.get("seed", 0)))
+        held_out = _held_out(list(groups), held_out_share, seed)
         self._samples = [
             self._sample(entries)
             for key, entries in groups.items()
