@@ -23,6 +23,8 @@ from openkeye.data.makers.events import AnnotatedVideos, Happening, VideoEvents,
 from openkeye.data.makers.made_sample import MadeSample, assistant, job_rng, pick, text_part, user, video_part
 from openkeye.inputs.intervals import Interval, seconds_of
 
+NUM_STRANGERS = 64
+# other videos whose sentences are wrong options
 LETTERS = "ABCDEFGH"
 CLUES = re.compile(r"\[\s*(\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*)\s*\]")
 CLUE = re.compile(r"\[\s*((?:\d+:)?\d+:\d+(?:\.\d+)?)\s*,\s*((?:\d+:)?\d+:\d+(?:\.\d+)?)\s*\]")
@@ -190,7 +192,8 @@ class ClueChoice:
         path, events = self.annotated.read(job)
         rng = job_rng(self.seed, job)
         own = {sentence_key(event.text) for event in events.events}
-        others = {sentence_key(event.text): event.text for other in self.annotated.others(job) for event in other.events}
+        strangers = self.annotated.others(job, rng, NUM_STRANGERS)
+        others = {sentence_key(event.text): event.text for stranger in strangers for event in stranger.events}
         foreign = [text for key, text in others.items() if key not in own]
         foreign = [foreign[number] for number in rng.permutation(len(foreign))]
         samples = []

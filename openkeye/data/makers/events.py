@@ -5,11 +5,13 @@ QVHighlights and Charades come to this form line by line; an event may also carr
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from openkeye.common.checks import InputError
 from openkeye.inputs.intervals import Interval
@@ -108,36 +110,51 @@ class AnnotatedVideos:
         Raises:
             InputError: the line is not of this form, its times make no sense, or the video cannot be read.
         """
-        events = self._parse(job)
+        events = self._parsed[job]
+        if isinstance(events, InputError):
+            raise events
         path = self.videos / events.video
         seconds = scan_video(path).duration_seconds
         if events.duration > seconds + CLOCK_SLACK_SECONDS:
             raise InputError(f"{path}: {seconds:.1f} s long, but its annotation says {events.duration:g} s; is it another file?")
         return path, events
 
-    def others(self, job: str) -> Iterator[VideoEvents]:
-        """The annotations of the other videos; lines that are none are left out, for their own jobs tell of them."""
-        own = self._parse(job).video
-        for other in self.lines:
-            try:
-                events = self._parse(other)
-            except InputError:
-                continue
-            if events.video != own:
-                yield events
+    def others(self, job: str, rng: np.random.Generator, count: int) -> list[VideoEvents]:
+        """At most `count` annotations of other videos, by chance; lines that are none are left out: their own jobs tell of them."""
+        own = self._parsed[job]
+        names = list(self._parsed)
+        found: list[VideoEvents] = []
+        for number in rng.permutation(len(names)):
+            events = self._parsed[names[number]]
+            if not isinstance(events, InputError) and not (isinstance(own, VideoEvents) and events.video == own.video):
+                found.append(events)
+            if len(found) == count:
+                break
+        return found
 
-    def _parse(self, job: str) -> VideoEvents:
-        where = f"{self.annotations}:{job.partition(':')[0]}"
-        try:
-            record = json.loads(self.lines[job])
-            events = [_event(entry, float(record["duration"])) for entry in record["events"]]
-            if not isinstance(record["video"], str):
-                raise TypeError(f"video is {record['video']!r}")
-            return VideoEvents(record["video"], float(record["duration"]), tuple(sorted(events, key=lambda event: event.start)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{where}: {error}; expected {{"video", "duration", "events": [{{"start", "end", "text"}}]}} with seconds'
-            ) from error
+    @cached_property
+    def _parsed(self) -> Mapping[str, VideoEvents | InputError]:
+        """Every line's events, or what is wrong with it."""
+        parsed: dict[str, VideoEvents | InputError] = {}
+        for job, line in self.lines.items():
+            try:
+                parsed[job] = _parse(line)
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+                parsed[job] = InputError(
+                    f"{self.annotations}:{job.partition(':')[0]}: {reason}; expected "
+                    '{"video", "duration", "events": [{"start", "end", "text"}]} with times in seconds'
+                )
+        return parsed
+
+
+def _parse(line: str) -> VideoEvents:
+    record = json.loads(line)
+    duration = float(record["duration"])
+    if not (isinstance(record["video"], str) and math.isfinite(duration)):
+        raise TypeError(f"the video {record['video']!r} of {duration:g} s")
+    events = sorted((_event(entry, duration) for entry in record["events"]), key=lambda event: (event.start, event.end))
+    return VideoEvents(record["video"], duration, tuple(events))
 
 
 def _job_name(number: int, line: str) -> str:
@@ -151,7 +168,7 @@ def _job_name(number: int, line: str) -> str:
 
 def _event(entry: Any, duration: float) -> Event:
     start, end, text = float(entry["start"]), min(float(entry["end"]), duration), entry["text"]
-    if not (math.isfinite(duration) and 0.0 <= start < end and float(entry["end"]) <= duration + CLOCK_SLACK_SECONDS):
+    if not (0.0 <= start < end and float(entry["end"]) <= duration + CLOCK_SLACK_SECONDS):
         raise ValueError(f"an event from {entry['start']} to {entry['end']} in a video of {duration:g} s")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"an event whose text is {text!r}")
