@@ -159,8 +159,8 @@ class ApiCaptioner:
                 time.sleep(max(asked_seconds, wait_seconds) * random.uniform(1.0, 1.25))
                 wait_seconds = min(60.0, 2 * wait_seconds)
         raise CaptionerError(
-            f"{self.name}: no answer after {self.settings.num_tries} tries, at last {reason}; start it, or run the same command "
-            "again later"
+            f"{self.name}: no answer after {self.settings.num_tries} tries, at last {reason}; start it, or run the same "
+            "command again later"
         )
 
 

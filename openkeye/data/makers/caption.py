@@ -15,15 +15,15 @@ from openkeye.inputs.image import open_image
 from openkeye.inputs.video_scan import scan_video
 
 RECAPTION = {
-    "picture": "Describe this picture in detail in one paragraph: what is seen, where it stands, colours, and any text. Say only "
-    "what can be seen.",
-    "video": "Describe this video in detail in one paragraph: place, people and things, what happens in which order, and any text "
-    "on screen. Say only what can be seen.",
+    "picture": "Describe this picture in detail in one paragraph: what is seen, where it stands, colours, and any text. Say "
+    "only what can be seen.",
+    "video": "Describe this video in detail in one paragraph: place, people and things, what happens in which order, and any "
+    "text on screen. Say only what can be seen.",
 }
 REMAKE = (
-    'This text was found beside the {kind}: "{text}"\nWrite it anew as one correct caption of the {kind}. Keep the names and facts '
-    "that fit what is seen, mend grammar and wording, and drop what cannot be seen or only advertises. Answer with the caption "
-    "alone."
+    'This text was found beside the {kind}: "{text}"\nWrite it anew as one correct caption of the {kind}. Keep the names and '
+    "facts that fit what is seen, mend grammar and wording, and drop what cannot be seen or only advertises. Answer "
+    "with the caption alone."
 )
 DETAILED_PROMPTS = (
     "Describe the {kind} in detail.",
@@ -95,7 +95,9 @@ class Caption:
             return files
         known = [name for name in files if name in self.alt_texts]
         if not known:
-            raise InputError(f"{self.folder}: none of its {len(files)} files has an alt text; give paths as seen from this folder")
+            raise InputError(
+                f"{self.folder}: none of its {len(files)} files has an alt text; give paths as seen from this folder"
+            )
         return known
 
     def jobs(self) -> Sequence[str]:

@@ -13,6 +13,7 @@ An answer reads, and `read_choice` understands:
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, floor
 from typing import Any
 
@@ -117,11 +118,12 @@ def ask_what(rng: np.random.Generator, events: VideoEvents, foreign: Sequence[st
 
 def ask_next(rng: np.random.Generator, events: VideoEvents, foreign: Sequence[str], num_wrong: int) -> Question | None:
     """The event after a given one; the video's own other events mislead. Only events that happen once have one successor."""
-    single = sorted((happening.windows[0], happening) for happening in events.happenings if len(happening.windows) == 1)
+    single = [happening for happening in events.happenings if len(happening.windows) == 1]
     pairs = [
         (first, second)
-        for ((_, end), first), ((start, _), second) in zip(single, single[1:], strict=False)
-        if end <= start and not _begins_between(events, end, start, second)
+        for first, second in pairwise(single)
+        if first.windows[0][1] <= second.windows[0][0]
+        and not _begins_between(events, first.windows[0][1], second.windows[0][0], second)
     ]
     if not pairs:
         return None
@@ -133,7 +135,9 @@ def ask_next(rng: np.random.Generator, events: VideoEvents, foreign: Sequence[st
     clues = (*first.windows, *second.windows)
     looked_at = [first, second, *(happening for happening in events.happenings if happening.text in wrong)]
     verdict = "The first segment behind the event in question is the answer."
-    return Question("next", pick(rng, NEXT_PROMPTS).format(first.text), second.text, tuple(wrong), clues, _segments(looked_at), verdict)
+    return Question(
+        "next", pick(rng, NEXT_PROMPTS).format(first.text), second.text, tuple(wrong), clues, _segments(looked_at), verdict
+    )
 
 
 def _begins_between(events: VideoEvents, start: float, end: float, successor: Happening) -> bool:
@@ -153,7 +157,13 @@ def ask_count(rng: np.random.Generator, events: VideoEvents, foreign: Sequence[s
     wrong = tuple(str(other) for other in range(lowest, lowest + num_wrong + 1) if other != number)
     verdict = f"That makes {number}."
     return Question(
-        "count", pick(rng, COUNT_PROMPTS).format(counted.text), str(number), wrong, counted.windows, _segments([counted]), verdict
+        "count",
+        pick(rng, COUNT_PROMPTS).format(counted.text),
+        str(number),
+        wrong,
+        counted.windows,
+        _segments([counted]),
+        verdict,
     )
 
 

@@ -90,11 +90,11 @@ class CutoutFolder:
         """See `CutoutSource`."""
         path = self.folder / self._files[label][number]
         # The checks of every picture first; it would lay transparency on white.
-        size = open_image(path).size
+        open_image(path)
         with PIL.Image.open(path) as opened:
             picture = opened.convert("RGBA")
-        if picture.getextrema()[3][0] == 255:
-            raise InputError(f"{path}: {size[0]}x{size[1]} pixels, all opaque; give a cut-out with an alpha channel")
+        if np.asarray(picture.getchannel("A")).min() >= OPAQUE:
+            raise InputError(f"{path}: all of it is opaque; give a cut-out with an alpha channel")
         return cropped(label, picture, str(path))
 
     def labels_in(self, background: Path) -> frozenset[str]:

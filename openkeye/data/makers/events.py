@@ -116,11 +116,13 @@ class AnnotatedVideos:
         path = self.videos / events.video
         seconds = scan_video(path).duration_seconds
         if events.duration > seconds + CLOCK_SLACK_SECONDS:
-            raise InputError(f"{path}: {seconds:.1f} s long, but its annotation says {events.duration:g} s; is it another file?")
+            raise InputError(
+                f"{path}: {seconds:.1f} s long, but its annotation says {events.duration:g} s; is it another file?"
+            )
         return path, events
 
     def others(self, job: str, rng: np.random.Generator, count: int) -> list[VideoEvents]:
-        """At most `count` annotations of other videos, by chance; lines that are none are left out: their own jobs tell of them."""
+        """At most `count` annotations of other videos, by chance; bad lines are left out: their own jobs tell of them."""
         own = self._parsed[job]
         names = list(self._parsed)
         found: list[VideoEvents] = []

@@ -199,7 +199,8 @@ class InstancePasting:
             "label": label,
             "count": len(wanted),
             "instances": [
-                {"label": thing.label, "box": list(thing.box), "visible_share": round(thing.visible_share, 4)} for thing in instances
+                {"label": thing.label, "box": list(thing.box), "visible_share": round(thing.visible_share, 4)}
+                for thing in instances
             ],
         }
         questions = (

@@ -15,8 +15,8 @@ BEFORE_NEXT_SECONDS = 0.001
 # Both ends of a part are shown: a frame at the very boundary belongs to the piece that it begins.
 
 CAPTION_PROMPT = (
-    "Describe this part of a video in one paragraph: who and what is seen, what happens in which order, and any text on screen. "
-    "Say only what can be seen."
+    "Describe this part of a video in one paragraph: who and what is seen, what happens in which order, and any text on "
+    "screen. Say only what can be seen."
 )
 PROMPTS = (
     "Describe each part of the video as it is shown.",

@@ -14,7 +14,20 @@ GOODS = (
     "Bread", "Milk", "Butter", "Apples", "Tomatoes", "Rice", "Coffee", "Tea", "Honey", "Cheese", "Eggs", "Flour", "Sugar",
     "Olive oil", "Pasta", "Salt", "Yoghurt", "Carrots", "Onions", "Soap", "Batteries", "Light bulb", "Notebook", "Pencils",
 )  # fmt: skip
-PLACES = ("Corner", "Harbour", "Garden", "Station", "Old Town", "Riverside", "Market", "Hill", "Lake", "Bridge", "North", "Mill")
+PLACES = (
+    "Corner",
+    "Harbour",
+    "Garden",
+    "Station",
+    "Old Town",
+    "Riverside",
+    "Market",
+    "Hill",
+    "Lake",
+    "Bridge",
+    "North",
+    "Mill",
+)
 SHOPS = ("Store", "Bakery", "Books", "Hardware", "Pharmacy", "Cafe", "Grocery", "Kiosk")
 SIGN_WORDS = (
     "no parking", "keep left", "mind the step", "wet floor", "exit", "staff only", "please ring the bell", "open daily",
@@ -176,9 +189,14 @@ def table(rng: np.random.Generator, font_path: str, texts: Sequence[str]) -> Pag
         for column, text in enumerate(row):
             x = edges[column] + 15 if column == 0 else edges[column + 1] - 15 - _width(font, text)
             draw.text((x, 30 + row_number * step + step // 8), text, ink, font)
-    row, column = int(rng.integers(len(subjects))), int(rng.integers(len(columns)))
+    asked_row, asked_column = int(rng.integers(len(subjects))), int(rng.integers(len(columns)))
     lines = tuple(" ".join(text for text in line if text) for line in rows)
-    return Page(picture, lines, f"What is the value of {subjects[row]} in {columns[column]}?", str(cells[row, column]))
+    return Page(
+        picture,
+        lines,
+        f"What is the value of {subjects[asked_row]} in {columns[asked_column]}?",
+        str(cells[asked_row, asked_column]),
+    )
 
 
 def chart(rng: np.random.Generator, font_path: str, texts: Sequence[str]) -> Page:

@@ -36,7 +36,10 @@ class RenderedOcr:
     name = "rendered-ocr"
 
     def __post_init__(self) -> None:
-        for what, chosen, known in (("template", self.templates, TEMPLATES), ("perturbation", self.perturbations, PERTURBATIONS)):
+        for what, chosen, known in (
+            ("template", self.templates, TEMPLATES),
+            ("perturbation", self.perturbations, PERTURBATIONS),
+        ):
             unknown = [name for name in chosen if name not in known]
             if unknown:
                 raise InputError(f"{what} {unknown[0]!r} is unknown; choose from {', '.join(known)}")

@@ -15,8 +15,8 @@ from openkeye.frameforge.questions import say_spans
 from openkeye.inputs.video_scan import scan_video
 
 SCENE_PROMPT = (
-    "This is one scene of a longer video. Describe it in detail in one paragraph: place, people and things, what they do and in "
-    "which order, how the camera moves, and any text on screen. Say only what can be seen."
+    "This is one scene of a longer video. Describe it in detail in one paragraph: place, people and things, what they do and "
+    "in which order, how the camera moves, and any text on screen. Say only what can be seen."
 )
 OVERVIEW_PROMPT = (
     "These are descriptions of the scenes of one video, in order:\n\n{scenes}\n\nWrite one paragraph that tells what the whole "
