@@ -70,9 +70,9 @@ def _add_scene_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cut-distance",
         type=float,
-        default=0.15,
+        default=0.2,
         metavar="X",
-        help="least change between two frames that is a cut, 0 to 1; smaller finds more (default: 0.15)",
+        help="least change between two frames that is a cut, 0 to 1; smaller finds more (default: 0.2)",
     )
     parser.add_argument(
         "--cut-ratio",
@@ -123,7 +123,7 @@ def _add_pasting_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coco-pictures", type=Path, metavar="DIR", help="pictures of --coco (default: those of --pictures)")
     parser.add_argument("--objects", default="1..12", metavar="A..B", help="objects in a picture (default: 1..12)")
     parser.add_argument(
-        "--min-visible", type=float, default=0.6, metavar="X", help="share of every object that stays uncovered (default: 0.6)"
+        "--min-visible", type=float, default=0.7, metavar="X", help="share of every object that stays uncovered (default: 0.7)"
     )
     parser.add_argument("--side", type=int, default=640, metavar="N", help="longest side of a picture (default: 640 pixels)")
 

@@ -75,7 +75,8 @@ def read_choice(text: str) -> Choice | None:
     """
     said = text.rpartition("</think>")[2]
     lists = list(CLUES.finditer(said))
-    if not lists:
+    # (reasoning that was never closed is no answer)
+    if not lists or "<think>" in said:
         return None
     letters = LETTER.findall(said[: lists[-1].start()])
     inner = lists[-1][1]

@@ -133,7 +133,7 @@ class InstancePasting:
     num_pictures: int
     seed: int = 0
     num_objects: tuple[int, int] = (1, 12)
-    min_visible: float = 0.6
+    min_visible: float = 0.7
     side: int = 640
     # longest of a made picture, in pixels
 

@@ -151,8 +151,9 @@ class OutputFolder:
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
     """What differs between the folder's beginning and this run, in words."""
-    if not isinstance(before, dict) or before.get("recipe") != now["recipe"]:
-        return f"was begun by {before.get('recipe') if isinstance(before, dict) else before!r}, not by {now['recipe']}"
+    begun_by = before.get("recipe") if isinstance(before, dict) else before
+    if begun_by != now["recipe"]:
+        return f"was begun by {begun_by}, not by {now['recipe']}"
     old, new = before.get("settings", {}), now["settings"]
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return "was begun with " + ", ".join(f"{name} {old.get(name)!r} (now {new.get(name)!r})" for name in names)

@@ -27,7 +27,7 @@ LUMA_SCALE = 4.0
 class CutDetector:
     """When a change between two frames is a cut."""
 
-    least_distance: float = 0.15
+    least_distance: float = 0.2
     ratio: float = 2.0
     window_seconds: float = 0.5
     max_fps: float = 30.0
