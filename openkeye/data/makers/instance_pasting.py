@@ -41,15 +41,6 @@ BOX_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An object in the picture."""
-
-    label: str
-    mask: np.ndarray
-    # [H, W] bool, where it was pasted, covered or not
-
-
-@dataclass(frozen=True)
 class Instance:
     """What is seen of an object in the end."""
 
@@ -57,17 +48,6 @@ class Instance:
     box: tuple[int, int, int, int]
     # x1, y1, x2, y2 of its visible pixels in thousandths of the picture's sides, outwards
     visible_share: float
-
-
-def visible_shares(masks: Sequence[np.ndarray]) -> list[float]:
-    """Of each mask the share that no later mask covers."""
-    shares = []
-    covered = np.zeros_like(masks[0], dtype=bool) if masks else None
-    for mask in reversed(masks):
-        assert covered is not None
-        shares.append(float((mask & ~covered).sum() / mask.sum()))
-        covered = covered | mask
-    return shares[::-1]
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -87,28 +67,31 @@ def paste(
 ) -> tuple[PIL.Image.Image, list[Instance]]:
     """Objects at chance places, later ones above earlier ones; one for which no place keeps all visible enough is left out."""
     picture = background.convert("RGB")
-    placed: list[Placed] = []
+    owner = np.zeros((picture.height, picture.width), dtype=np.int64)
+    # number of the uppermost object of each pixel, from 1 on
+    labels, whole, visible = [], [0], [0]
+    # pixels of each object, and those still seen; index 0 is the background
     for cutout in cutouts:
         scaled = _scaled(cutout.picture, rng, min(picture.size))
-        if min(scaled.size) < MIN_SIDE:
-            continue
         alpha = np.asarray(scaled.getchannel("A")) >= OPAQUE
+        if min(scaled.size) < MIN_SIDE or not alpha.any():
+            continue
         for _ in range(NUM_PLACES):
             left = int(rng.integers(picture.width - scaled.width + 1))
             top = int(rng.integers(picture.height - scaled.height + 1))
-            mask = np.zeros((picture.height, picture.width), dtype=bool)
-            mask[top : top + scaled.height, left : left + scaled.width] = alpha
-            if mask.any() and min(visible_shares([*(other.mask for other in placed), mask])) >= min_visible:
+            below = owner[top : top + scaled.height, left : left + scaled.width]
+            covered = np.bincount(below[alpha], minlength=len(whole))
+            if all(visible[n] - covered[n] >= min_visible * whole[n] for n in range(1, len(whole))):
                 picture.paste(scaled, (left, top), scaled)
-                placed.append(Placed(cutout.label, mask))
+                below[alpha] = len(whole)
+                visible = [pixels - int(hidden) for pixels, hidden in zip(visible, covered, strict=True)]
+                labels.append(cutout.label)
+                whole.append(int(alpha.sum()))
+                visible.append(whole[-1])
                 break
-    shares = visible_shares([thing.mask for thing in placed])
-    instances = []
-    covered = np.zeros((picture.height, picture.width), dtype=bool)
-    for thing, share in reversed(list(zip(placed, shares, strict=True))):
-        instances.append(Instance(thing.label, box_of(thing.mask & ~covered), share))
-        covered |= thing.mask
-    return picture, instances[::-1]
+    return picture, [
+        Instance(label, box_of(owner == number), visible[number] / whole[number]) for number, label in enumerate(labels, 1)
+    ]
 
 
 def _scaled(cutout: PIL.Image.Image, rng: np.random.Generator, side: int) -> PIL.Image.Image:
