@@ -27,7 +27,6 @@ RECIPES = {
     "caption": "pictures or videos captioned anew, or alt texts repaired",
 }
 CAPTIONED = ("interleaved-segments", "scene-captions", "caption")
-ANNOTATED = ("temporal-grounding", "clue-choice")
 FORMS = "referred-action,highlight,summary,matching"
 TEMPLATES = "receipt,sign,form,table,chart"
 PERTURBATIONS = "wrinkle,perspective,lighting,blur,noise,jpeg"
@@ -212,7 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.seed < 0:
         raise InputError(f"--seed is {arguments.seed}; give a whole number from 0 on")
-    recipe = make_recipe(arguments)
+    captioner = _captioner(arguments) if arguments.recipe in CAPTIONED else None
+    recipe = _captioned_recipe(arguments, captioner) if captioner is not None else _plain_recipe(arguments)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     is_person = sys.stderr.isatty()
     progress = Progress(*columns, console=Console(stderr=True), disable=not is_person)
@@ -234,6 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
                     arguments.workers,
                     lambda done, total: progress.update(task, completed=done, total=total),
                     tell,
+                    None if captioner is None else captioner.stop,
                 )
         except CaptionerError as error:
             raise InputError(f"{error} ({output.num_samples} samples are kept)") from error
@@ -249,52 +250,42 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_recipe(arguments: argparse.Namespace) -> "Recipe":
-    """The recipe that the options describe; InputError for options that make no sense and folders that are not there."""
+def _captioned_recipe(arguments: argparse.Namespace, captioner: "Captioner") -> "Recipe":
+    """The recipe that the options describe; InputError for options that make no sense and files that are not there."""
     from openkeye.data.makers.caption import Caption, read_alt_texts
-    from openkeye.data.makers.clue_choice import ClueChoice
-    from openkeye.data.makers.events import AnnotatedVideos
     from openkeye.data.makers.interleaved_segments import InterleavedSegments
     from openkeye.data.makers.scene_captions import SceneCaptions
     from openkeye.data.makers.scene_cuts import CutDetector
-    from openkeye.data.makers.temporal_grounding import TemporalGrounding
 
     if arguments.recipe == "interleaved-segments":
-        return InterleavedSegments(
-            arguments.videos, _captioner(arguments), arguments.seed, arguments.segment_seconds, arguments.max_segments
-        )
+        lengths = arguments.segment_seconds, arguments.max_segments
+        return InterleavedSegments(arguments.videos, captioner, arguments.seed, *lengths)
     if arguments.recipe == "scene-captions":
         detector = CutDetector(arguments.cut_distance, arguments.cut_ratio)
         scene_seconds = arguments.min_scene_seconds, arguments.max_scene_seconds
-        return SceneCaptions(arguments.videos, _captioner(arguments), arguments.seed, *scene_seconds, detector)
-    if arguments.recipe == "caption":
-        folder, kind = (arguments.pictures, "picture") if arguments.pictures else (arguments.videos, "video")
-        alt_texts = None if arguments.alt_texts is None else read_alt_texts(arguments.alt_texts)
-        return Caption(folder, kind, _captioner(arguments), arguments.seed, alt_texts)
+        return SceneCaptions(arguments.videos, captioner, arguments.seed, *scene_seconds, detector)
+    folder, kind = (arguments.pictures, "picture") if arguments.pictures else (arguments.videos, "video")
+    alt_texts = None if arguments.alt_texts is None else read_alt_texts(arguments.alt_texts)
+    return Caption(folder, kind, captioner, arguments.seed, alt_texts)
+
+
+def _plain_recipe(arguments: argparse.Namespace) -> "Recipe":
+    """The same of recipes whose words are known."""
+    from openkeye.data.makers.clue_choice import ClueChoice
+    from openkeye.data.makers.events import AnnotatedVideos
+    from openkeye.data.makers.fonts import find_fonts
+    from openkeye.data.makers.instance_pasting import InstancePasting
+    from openkeye.data.makers.rendered_ocr import RenderedOcr
+    from openkeye.data.makers.temporal_grounding import TemporalGrounding
+
     if arguments.recipe == "temporal-grounding":
         annotated = AnnotatedVideos(arguments.annotations, arguments.videos)
         return TemporalGrounding(annotated, arguments.seed, _names(arguments.forms), arguments.max_per_form)
     if arguments.recipe == "clue-choice":
         return ClueChoice(AnnotatedVideos(arguments.annotations, arguments.videos), arguments.seed, arguments.options)
-    return _picture_recipe(arguments)
-
-
-def _picture_recipe(arguments: argparse.Namespace) -> "Recipe":
-    from openkeye.data.makers.fonts import find_fonts
-    from openkeye.data.makers.instance_pasting import InstancePasting
-    from openkeye.data.makers.rendered_ocr import RenderedOcr
-
     if arguments.recipe == "instance-pasting":
-        num_objects = _range(arguments.objects)
-        return InstancePasting(
-            arguments.pictures,
-            _cutouts(arguments),
-            arguments.num,
-            arguments.seed,
-            num_objects,
-            arguments.min_visible,
-            arguments.side,
-        )
+        sizes = _range(arguments.objects), arguments.min_visible, arguments.side
+        return InstancePasting(arguments.pictures, _cutouts(arguments), arguments.num, arguments.seed, *sizes)
     return RenderedOcr(
         arguments.num,
         tuple(find_fonts(arguments.fonts)),

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import random
-import time
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -69,6 +69,7 @@ class ApiCaptioner:
 
     def __init__(self, settings: ApiSettings) -> None:
         self.settings = settings
+        self._stopped = threading.Event()
 
     @property
     def name(self) -> str:
@@ -94,6 +95,10 @@ class ApiCaptioner:
         if reason == "content_filter" or not isinstance(text, str):
             raise InputError(f"{self.name}: gave no text (finish_reason {reason!r})")
         return text
+
+    def stop(self) -> None:
+        """See `Captioner.stop`; an answer under way is still received."""
+        self._stopped.set()
 
     def _content(self, content: str | list[Message]) -> str | list[Message]:
         return content if isinstance(content, str) else [piece for part in content for piece in self._parts(part)]
@@ -139,6 +144,8 @@ class ApiCaptioner:
             headers["Authorization"] = f"Bearer {self.settings.api_key}"
         request = urllib.request.Request(f"{self.settings.base_url.rstrip('/')}/chat/completions", body, headers)
         wait_seconds, reason = self.settings.first_wait_seconds, ""
+        if self._stopped.is_set():
+            raise CaptionerError(f"{self.name}: stopped")
         for number in range(self.settings.num_tries):
             asked_seconds = 0.0
             try:
@@ -156,11 +163,11 @@ class ApiCaptioner:
                 reason = str(getattr(error, "reason", "") or error or type(error).__name__)
             if number + 1 < self.settings.num_tries:
                 # A little chance keeps many makers from asking again at the same moment.
-                time.sleep(max(asked_seconds, wait_seconds) * random.uniform(1.0, 1.25))
+                if self._stopped.wait(max(asked_seconds, wait_seconds) * random.uniform(1.0, 1.25)):
+                    break
                 wait_seconds = min(60.0, 2 * wait_seconds)
         raise CaptionerError(
-            f"{self.name}: no answer after {self.settings.num_tries} tries, at last {reason}; start it, or run the same "
-            "command again later"
+            f"{self.name}: no answer after {number + 1} tries, at last {reason}; start it, or run the same command again later"
         )
 
 

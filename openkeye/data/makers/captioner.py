@@ -28,6 +28,10 @@ class Captioner(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """From now on nothing is asked, waited for or tried again: whoever calls `caption` gets a CaptionerError."""
+        ...
+
 
 def ask_captioner(captioner: Captioner, messages: Sequence[Message], about: str) -> str:
     """An answer that says something; `about` names the medium in errors.

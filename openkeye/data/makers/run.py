@@ -36,6 +36,7 @@ def make_data(
     num_workers: int = 1,
     on_job: OnJob | None = None,
     on_skip: Callable[[str], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> MakeReport:
     """Do what is not done yet.
 
@@ -44,6 +45,7 @@ def make_data(
     Args:
         max_bad_share: of all the recipe's jobs that may be skipped; one more ends the run.
         num_workers: threads that make samples at once.
+        on_stop: called when a run ends before its last job, so that what is under way can hurry (`Captioner.stop`).
 
     Raises:
         InputError: too many jobs were skipped, or the output cannot be written. What was made is kept.
@@ -56,7 +58,7 @@ def make_data(
     jobs = recipe.jobs()
     todo = [job for job in jobs if job not in output.done]
     report = MakeReport(len(jobs), len(jobs) - len(todo))
-    with closing(_in_order(recipe, todo, num_workers)) as results:
+    with closing(_in_order(recipe, todo, num_workers, on_stop)) as results:
         for job, future in results:
             try:
                 samples = future.result()
@@ -84,7 +86,9 @@ def _check_share(name: str, report: MakeReport, max_bad_share: float) -> None:
         )
 
 
-def _in_order(recipe: Recipe, jobs: list[str], num_workers: int) -> Generator[tuple[str, Future[list[MadeSample]]]]:
+def _in_order(
+    recipe: Recipe, jobs: list[str], num_workers: int, on_stop: Callable[[], None] | None
+) -> Generator[tuple[str, Future[list[MadeSample]]]]:
     """Jobs with their results in order; at most twice as many as there are workers lie ready."""
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="maker")
     waiting: deque[tuple[str, Future[list[MadeSample]]]] = deque()
@@ -99,4 +103,6 @@ def _in_order(recipe: Recipe, jobs: list[str], num_workers: int) -> Generator[tu
             yield waiting.popleft()
     finally:
         # After Ctrl-C or an error the jobs under way are waited for, the others never begin.
+        if waiting and on_stop is not None:
+            on_stop()
         pool.shutdown(cancel_futures=True)

@@ -14,7 +14,6 @@ import PIL.Image
 import pytest
 
 from openkeye.common.checks import InputError
-from openkeye.data.makers import api_captioner
 from openkeye.data.makers.api_captioner import ApiCaptioner, ApiSettings
 from openkeye.data.makers.captioner import CaptionerError
 from openkeye.data.makers.made_sample import image_part, text_part, user, video_part
@@ -125,17 +124,25 @@ def test_it_gives_up_in_one_line(server: ScriptedServer):
     assert "\n" not in str(caught.value) and len(server.received) == 3
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch):
+def test_nobody_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    waits: list[float] = []
-    monkeypatch.setattr(api_captioner.time, "sleep", waits.append)
     with pytest.raises(CaptionerError, match=r"after 4 tries, at last .*refused"):
-        ApiCaptioner(ApiSettings(address, "m", num_tries=4)).caption(QUESTION)
-    assert [1.0, 2.0, 4.0] == [
-        pytest.approx(wait, rel=0.25) if wait >= low else wait for wait, low in zip(waits, (1, 2, 4), strict=True)
-    ]
+        ApiCaptioner(ApiSettings(address, "m", num_tries=4, first_wait_seconds=0.01)).caption(QUESTION)
+
+
+def test_who_is_stopped_waits_no_longer(server: ScriptedServer):
+    captioner = server.captioner(failed(503), first_wait_seconds=60.0)
+    timer = threading.Timer(0.3, captioner.stop)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(CaptionerError, match="after 1 tries"):
+        captioner.caption(QUESTION)
+    assert 0.2 < time.monotonic() - begin < 5.0
+    with pytest.raises(CaptionerError, match="stopped"):
+        captioner.caption(QUESTION)
+    assert len(server.received) == 1
 
 
 def test_a_server_that_hangs_is_left(server: ScriptedServer):

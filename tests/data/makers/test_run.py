@@ -82,12 +82,15 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path):
             raise KeyboardInterrupt
 
     recipe = Counted(50)
+    stops: list[None] = []
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path, on_job=interrupt)
+        run(recipe, tmp_path, on_job=interrupt, on_stop=lambda: stops.append(None))
+    assert len(stops) == 1
     assert answers(tmp_path) == ["00", "01", "02"]
     assert len(recipe.made) < 10
     rest = Counted(50)
-    assert run(rest, tmp_path).num_samples == 47
+    assert run(rest, tmp_path, on_stop=lambda: stops.append(None)).num_samples == 47
+    assert len(stops) == 1, "a run that comes to its end stops nobody"
     assert answers(tmp_path) == rest.jobs()
 
 
