@@ -26,6 +26,22 @@ RECIPES = {
     "rendered-ocr": "text on receipts, signs, forms, tables and charts, spoilt as photographs are",
     "caption": "pictures or videos captioned anew, or alt texts repaired",
 }
+DESCRIPTIONS = {
+    "interleaved-segments": "Cuts every video into segments of equal length, without encoding anything anew, and lets the "
+    "captioner say what each shows. A sample shows a segment, says its caption, shows the next, and so on.",
+    "scene-captions": "Finds the scenes of every video by its hard cuts, lets the captioner describe each, and asks it for an "
+    "overview of the descriptions. A sample asks for all of it and answers with the times of each scene.",
+    "temporal-grounding": "Asks about times in four forms: what happens in a window (referred-action), when a sentence is true "
+    "(highlight), which parts sum up the video (summary), and when the same happens again (matching).",
+    "clue-choice": "Asks what happens, what comes next, and how often. Answers reason over candidate segments within <think>, "
+    "and end with the letter and the clue intervals [[mm:ss, mm:ss], ...]. Wrong options are sentences of other videos.",
+    "instance-pasting": "Pastes cut-out objects on background pictures with bounded overlap. Each picture has a question that "
+    "counts and one that asks for boxes, in thousandths of the picture's sides.",
+    "rendered-ocr": "Draws documents with this machine's fonts and spoils them by folds, perspective, light, blur, noise and "
+    "JPEG. Each has a question for the whole text, and most have one for a fact on it.",
+    "caption": "Lets the captioner describe every picture or video of a folder in detail; with --alt-texts, lets it repair the "
+    "texts that were found beside them.",
+}
 CAPTIONED = ("interleaved-segments", "scene-captions", "caption")
 FORMS = "referred-action,highlight,summary,matching"
 TEMPLATES = "receipt,sign,form,table,chart"
@@ -182,7 +198,9 @@ def _add_captioner_options(parser: argparse.ArgumentParser) -> None:
 def _add_shared_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for data.jsonl and made pictures")
-    group.add_argument("--seed", type=int, default=0, help="of phrasings and everything drawn by chance (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of phrasings and everything drawn by chance (default: 0)"
+    )
     group.add_argument(
         "--copy-media", action="store_true", help="copy the media into DIR/media (default: name them where they are)"
     )

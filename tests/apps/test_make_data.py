@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from openkeye.apps import make_data
 from openkeye.apps.commands import main
 from openkeye.data.makers.clue_choice import read_choice
+from openkeye.data.makers.ocr_perturbations import PERTURBATIONS
+from openkeye.data.makers.ocr_templates import TEMPLATES
+from openkeye.data.makers.temporal_grounding import FORMS
 from openkeye.inputs.messages import split_messages
 from tests.apps.server_process import DEMO, MODEL, ROOT, ServerProcess, serving
 from tests.data.makers.media import film_clip, write_background, write_cutouts
@@ -229,3 +233,10 @@ def test_help_names_every_recipe_and_its_options(capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             make(*words)
         assert expected in capsys.readouterr().out
+
+
+def test_help_names_what_the_recipes_know():
+    # Written down a second time, so that the help needs no recipe's imports.
+    assert make_data.FORMS == ",".join(FORMS)
+    assert make_data.TEMPLATES == ",".join(TEMPLATES)
+    assert make_data.PERTURBATIONS == ",".join(PERTURBATIONS)
