@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "openkeye.apps.check",
     "evaluate": "openkeye.apps.evaluate",
     "frameforge": "openkeye.apps.frameforge_command",
+    "make-data": "openkeye.apps.make_data",
     "serve": "openkeye.apps.serve",
     "convert": "openkeye.apps.convert",
     "train": "openkeye.apps.train",

@@ -92,13 +92,7 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
 
     if arguments.dense_up_to is not None and arguments.dense_up_to < 0:
         raise InputError(f"--dense-up-to is {arguments.dense_up_to}; give a number of tokens from 0 on")
-    if arguments.device is not None:
-        try:
-            device = torch.device(arguments.device)
-        except RuntimeError:
-            raise InputError(f"device {arguments.device!r} is unknown; give cpu or cuda") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
+    checked_device(arguments.device)
     is_gpu = torch.cuda.is_available() if arguments.device is None else arguments.device.startswith("cuda")
     default_chunk = GPU_CHUNK if is_gpu else EngineConfig.prefill_chunk_tokens
     try:
@@ -113,3 +107,17 @@ def engine_from(arguments: argparse.Namespace, attention: str | None = None) -> 
     except ValueError as error:
         raise InputError(str(error)) from None
     return Engine(arguments.model, arguments.device, attention=attention or arguments.attention, config=config)
+
+
+def checked_device(name: str | None) -> str | None:
+    """A device's name as it was given; InputError where it is unknown or not there."""
+    import torch
+
+    if name is not None:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise InputError(f"device {name!r} is unknown; give cpu or cuda") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("device cuda was asked for, but PyTorch sees no CUDA GPU; give --device cpu")
+    return name
