@@ -27,18 +27,8 @@ def _reader(place: str) -> Opener:
 def _open_frameforge(name: str, config: SourceConfig, model_dir: str) -> Source:
     from openkeye.data.sources.frameforge import frameforge_source
 
-    return _naming(name, lambda: frameforge_source(config.reader, model_dir, config.options))
-
-
-def _open_folder(name: str, config: SourceConfig, model_dir: str) -> Source:
-    from openkeye.data.sources.folder import Folder
-
-    return _naming(name, lambda: Folder(config.path, config.options))
-
-
-def _naming(name: str, opens: Callable[[], Source]) -> Source:
     try:
-        return opens()
+        return frameforge_source(config.reader, model_dir, config.options)
     except InputError as error:
         raise InputError(f"source {name!r}: {error}") from error
 
@@ -52,7 +42,7 @@ READERS: dict[str, Opener] = {
     "timelens": _reader("timelens:TimeLens"),
     "llava_video": _reader("llava_video:LlavaVideo"),
     "text_files": _reader("text_files:TextFiles"),
-    "folder": _open_folder,
+    "folder": _reader("folder:Folder"),
     "frameforge_videos": _open_frameforge,
     "frameforge_pictures": _open_frameforge,
     "frameforge_text": _open_frameforge,

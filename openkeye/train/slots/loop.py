@@ -17,6 +17,7 @@ from openkeye.common.log import JsonLines
 from openkeye.data.slots.slot_batch import SlotBatch
 from openkeye.inputs.patches import Patches
 from openkeye.model.decoder import DecoderLayer
+from openkeye.model.experts import MixtureOfExperts
 from openkeye.model.keye import KeyeModel
 from openkeye.train.slots.checkpoint import load_state, prefixed, save_state, under
 from openkeye.train.slots.config import StageConfig, TrainConfig
@@ -271,7 +272,8 @@ class Trainer:
             batch.task_ids_BN.flatten(),
             self.task_weights,
         )
-        logits = [layer.mlp.router_logits for layer in decoder_layers(self.model) if layer.mlp.router_logits is not None]
+        mixtures = [layer.mlp for layer in decoder_layers(self.model) if isinstance(layer.mlp, MixtureOfExperts)]
+        logits = [mixture.router_logits for mixture in mixtures if mixture.router_logits is not None]
         balance = balance_loss(logits, self.model.config.num_experts_per_tok)
         figures.means(answer_loss=answers.loss, balance=balance)
         for number, task in enumerate(self.tasks):
