@@ -1,6 +1,7 @@
 """The worker process itself: it leaves with its parent, and says why it does not start."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,8 +57,13 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
     parent.kill()
-    parent.communicate()
+    parent.wait()
+    # (they hold the other end of its output, which therefore is not read to the end)
+    parent.stdout.close()
     end = time.monotonic() + 20
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < end, "workers outlive their parent"
+    while left := [pid for pid in pids if is_alive(pid)]:
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("workers outlive their parent")
         time.sleep(0.02)
