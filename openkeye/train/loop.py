@@ -39,7 +39,7 @@ from openkeye.train.optimizer import Optimizer
 from openkeye.train.refusals import check_run, check_run_dir, claim_run_dir
 from openkeye.train.reporter import Reporter
 from openkeye.train.schedule import rates_at
-from openkeye.train.shard import Ranks, compile_regions, joined, shard_parameters, training_device
+from openkeye.train.shard import Ranks, compile_regions, follow_what_trains, joined, shard_parameters, training_device
 from openkeye.train.start import fill, write_finished
 from openkeye.train.step_log import Record, StepLog
 
@@ -172,6 +172,7 @@ class Trainer:
             return
         stage = self.config.stages[number]
         self.optimizer.train(trained_parameters(self.keye, stage.trains, self.config.optimizer))
+        follow_what_trains(self.loss_model)
         self.loss_model.prepare(stage, self.config.recomputes)
 
     def _run_stage(self, place: Place) -> tuple[Place, bool]:

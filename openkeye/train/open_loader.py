@@ -1,4 +1,4 @@
-"""From the settings of a run to the loaders of its stages: sources by name, and the conversion that a stage's limits ask for."""
+"""From the settings of a run to the loaders of its stages: sources by name, and conversion within a stage's limits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from openkeye.train.shard import Ranks
 
 
 class OpenLoader:
-    """Makes the loaders of a run's stages. All sources are opened at once, so that a wrong path ends no run in its third stage."""
+    """Makes the loaders of a run's stages. All sources are opened at once, so that a wrong path ends no run half-way."""
 
     def __init__(self, config: RunConfig) -> None:
         """Raises InputError where a source of any stage cannot be opened."""

@@ -109,7 +109,7 @@ class Optimizer:
         gradients = [torch.where(is_finite, _own_gradient(one) / divisor, 0.0).bfloat16() for one in group]
         firsts = [own_part(self.moments[one.name].first) for one in group]
         for first, gradient in zip(firsts, gradients, strict=True):
-            first.lerp_(gradient, ((1 - MUON_MOMENTUM) * kept).bfloat16())
+            first.copy_(torch.where(is_finite, first.lerp(gradient, 1 - MUON_MOMENTUM), first))
         # Nesterov: look one momentum step ahead.
         aheads = [gradient.lerp(first, MUON_MOMENTUM) for first, gradient in zip(firsts, gradients, strict=True)]
         rows, columns = group[0].parameter.shape[-2:]

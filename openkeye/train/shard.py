@@ -109,10 +109,25 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
         register_fsdp_forward_method(indexer, "observe")
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+    for unit in units(module):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def units(module: nn.Module) -> list[FSDPModule]:
+    """What is gathered as one."""
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+
+def follow_what_trains(module: nn.Module) -> None:
+    """After other parameters learn than before; all ranks call it.
+
+    A unit notes when it is first gathered in which type its gradients are summed, and in which they are kept, from those of its
+    parameters that learn just then. One of which none did would leave bf16 gradients on fp32 parameters; gathering asks anew.
+    """
+    for unit in units(module):
+        unit.unshard()
+        unit.reshard()
 
 
 def decoder_layers(keye: KeyeModel) -> list[DecoderLayer]:

@@ -58,20 +58,20 @@ def test_adamw_is_that_of_pytorch(model: KeyeModel):
 
 
 def test_muon_is_the_rule_that_trained_the_tiny_model(model: KeyeModel):
-    twin, before = copy.deepcopy(model), copy.deepcopy(model)
-    optimizer = optimizer_of(model, "muon")
+    # Without clipping, which the two round differently before they go to bf16.
+    twin = copy.deepcopy(model)
+    optimizer = optimizer_of(model, "muon", clip=1e9)
     by_name = dict(twin.named_parameters())
     rules = {rule: [by_name[one.name] for one in optimizer.parameters if one.rule == rule] for rule in ("muon", "adamw")}
     groups = [ParameterGroup(rule, rule, ps, 1e-2, 0.1 * (rule == "muon")) for rule, ps in rules.items()]
-    expected = SlotOptimizer(groups, clip=1.0)
+    expected = SlotOptimizer(groups, clip=1e9)
     for step in range(2):
         for one in (model, twin):
             set_gradients(one, step)
         optimizer.step(dict.fromkeys(PARTS, 1e-2))
         expected.step(torch.tensor(1.0))
-    for (name, own), start in zip(model.named_parameters(), before.parameters(), strict=True):
-        # Directions are made in bf16, and clipping rounds otherwise.
-        assert float((own - by_name[name]).norm()) < 0.01 * float((own - start).norm()), name
+    for name, own in model.named_parameters():
+        assert torch.allclose(own, by_name[name], atol=1e-6), name
 
 
 def test_what_goes_where(model: KeyeModel):
