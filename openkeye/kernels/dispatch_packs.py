@@ -102,9 +102,11 @@ def dense_indexer_loss(
     """See `reference_packs.dense_indexer_loss`. lse_TH: `branched_attention_lse` where it is at hand already."""
     tensors = (query_THD, key_TGD, index_query_TJI, gates_TJ, index_key_TI)
     if _can_teach("dense_indexer_loss", *tensors):
-        from openkeye.kernels.indexer_loss import dense_indexer_loss as fast
+        from openkeye.kernels import indexer_loss as fast
 
-        return fast(*tensors, visible.last_T, scale, visible.first_T, weights_T, lse_TH, gaps=visible.gaps)
+        slabs = visible.slabs(fast.SLAB_BYTES // 8)
+        bounds = (visible.last_T, scale, visible.first_T)
+        return fast.dense_indexer_loss(*tensors, *bounds, weights_T, lse_TH, gaps=visible.gaps, slabs=slabs)
     return reference_packs.dense_indexer_loss(*tensors, visible, scale, weights_T, lse_TH)
 
 
