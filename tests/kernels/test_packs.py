@@ -157,7 +157,7 @@ def kernels_serve(monkeypatch) -> None:
         monkeypatch.setattr(module, "can_be_fast", lambda x: x.dtype != torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:branched_attention runs in plain PyTorch")
+@pytest.mark.filterwarnings("ignore:.*_attention runs in plain PyTorch")
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 @pytest.mark.parametrize("target", ["dense", "selected", "selected_dense"])
 def test_a_past_on_kernels_equals_one_without(device, kernels_serve, attention, target):
