@@ -2,7 +2,7 @@
 
 | operation | on a GPU |
 |---|---|
-| branched_attention | branched_attention.py in bfloat16 and float16, else plain |
+| branched_attention | branched_attention.py in bfloat16 and float16, else `dispatch.dense_attention` and masks of branches |
 | branched_attention_lse | attention_lse.py |
 | branched_select | indexer_select.py |
 | dense_indexer_loss, selected_indexer_loss, teaching_attention | indexer_loss.py |
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import reference, reference_learning, reference_packs
-from openkeye.kernels.dispatch import can_be_fast, serves, sparse_attention
+from openkeye.kernels.dispatch import can_be_fast, dense_attention, serves, sparse_attention
 from openkeye.kernels.visible_keys import VisibleKeys
 
 
@@ -36,7 +36,7 @@ def branched_attention_with_lse(
         is_served = choose_back_end(query_THD, key_TGD, True) in ("flash", "cudnn")
         if serves("branched_attention", tensors, is_served, "heads of a multiple of 8 up to 256 in half precision"):
             return fast(*tensors, visible, scale)
-    return reference_packs.branched_attention(*tensors, visible, scale), None
+    return reference_packs.branched_attention(*tensors, visible, scale, dense_attention), None
 
 
 def branched_attention_lse(query_THD: Tensor, key_TGD: Tensor, visible: VisibleKeys, scale: float) -> Tensor:
@@ -102,9 +102,11 @@ def dense_indexer_loss(
     """See `reference_packs.dense_indexer_loss`. lse_TH: `branched_attention_lse` where it is at hand already."""
     tensors = (query_THD, key_TGD, index_query_TJI, gates_TJ, index_key_TI)
     if _can_teach("dense_indexer_loss", *tensors):
-        from openkeye.kernels.indexer_loss import dense_indexer_loss as fast
+        from openkeye.kernels import indexer_loss as fast
 
-        return fast(*tensors, visible.last_T, scale, visible.first_T, weights_T, lse_TH, gaps=visible.gaps)
+        slabs = visible.slabs(fast.SLAB_BYTES // 8)
+        bounds = (visible.last_T, scale, visible.first_T)
+        return fast.dense_indexer_loss(*tensors, *bounds, weights_T, lse_TH, gaps=visible.gaps, slabs=slabs)
     return reference_packs.dense_indexer_loss(*tensors, visible, scale, weights_T, lse_TH)
 
 

@@ -61,18 +61,21 @@ class IndexerGradients:
         self,
         differences_RS: Tensor,
         rows: slice,
+        keys: slice,
         positions_R: Tensor,
         first_keys_R: Tensor,
         gaps: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Those of a slab of queries, from the gradient with respect to their scores."""
+        """Those of a slab of queries and keys, from the gradient of their scores; positions count from the slab's first key."""
         block_queries = ROWS // self.num_heads
         query, gates, num_rows = self.query[rows], self.gates[rows], positions_R.shape[0]
         its_gaps = gaps or (positions_R, positions_R)
+        key, key_gradient = self.key[keys], self.key_gradient[keys]
+        num_keys = key.shape[0]
         _learn[(triton.cdiv(num_rows, block_queries), 1)](
             query,
             gates,
-            self.key,
+            key,
             differences_RS,
             positions_R,
             first_keys_R,
@@ -82,16 +85,16 @@ class IndexerGradients:
             positions_R,
             self.query_gradient[rows],
             self.gate_gradient[rows],
-            self.key_gradient,
-            self.key_gradient,
+            key_gradient,
+            key_gradient,
             positions_R,
             0,
             0,
             num_rows,
-            self.num_keys,
+            num_keys,
             0,
             differences_RS.stride(0),
-            self.key.stride(0),
+            key.stride(0),
             **self._shape(),
             TILE=TILE,
             BLOCK_QUERIES=block_queries,
@@ -102,7 +105,7 @@ class IndexerGradients:
             num_warps=8,
             num_stages=4,
         )
-        starts = torch.arange(0, self.num_keys, KEY_BLOCK, device=positions_R.device, dtype=positions_R.dtype)
+        starts = torch.arange(0, num_keys, KEY_BLOCK, device=positions_R.device, dtype=positions_R.dtype)
         # The rows that may see a block of keys: from the first that ends behind its start to the last that begins before its
         # end, in whatever order positions come.
         begins = torch.searchsorted(positions_R.cummax(0).values, starts)
@@ -110,18 +113,18 @@ class IndexerGradients:
         _learn_keys[(starts.shape[0],)](
             query,
             gates,
-            self.key,
+            key,
             differences_RS,
             positions_R,
             first_keys_R,
             *its_gaps,
             begins,
             ends,
-            self.key_gradient,
+            key_gradient,
             num_rows,
-            self.num_keys,
+            num_keys,
             differences_RS.stride(0),
-            self.key.stride(0),
+            key.stride(0),
             **self._shape(),
             BLOCK_QUERIES=block_queries,
             BLOCK=KEY_BLOCK,

@@ -11,6 +11,7 @@ Letters as in `sparse_attention`; J indexer heads, I indexer width, R rows of a 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -55,6 +56,7 @@ def dense_indexer_loss(
     slab_bytes: int = SLAB_BYTES,
     teacher: str | None = None,
     gaps: tuple[Tensor, Tensor] | None = None,
+    slabs: Sequence[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The warm-up's loss over all keys that a query sees: (sum of weights * KL, KL [T] float32 without gradient).
 
@@ -69,6 +71,8 @@ def dense_indexer_loss(
         lse_TH: `attention_lse` where the forward pass has it already.
         slab_bytes: bound on probabilities and scores that stand in memory at a time (at least one query's).
         teacher: a name in TEACHERS; None takes the device's own.
+        slabs: queries, each once, beside keys that hold all that they see, which must fit slab_bytes at 8 bytes a pair
+            (`VisibleKeys.slabs`); None: as many queries as fit, beside all keys.
 
     Raises:
         ValueError: tensors that are not served.
@@ -82,19 +86,23 @@ def dense_indexer_loss(
         gradients = IndexerGradients(index_query_TJI, gates_TJ, index_key_SI) if wants else None
         weights = _weights(weights_T, gates_TJ)
         divergence = torch.empty_like(weights)
-        num_queries, num_keys = query_THD.shape[0], key_SGD.shape[0]
-        slab = min(num_queries, max(1, slab_bytes // (8 * num_keys)))
-        probabilities, scores = (torch.empty(slab, num_keys, dtype=torch.float32, device=key_SGD.device) for _ in range(2))
-        for start in range(0, num_queries, slab):
-            rows = slice(start, min(start + slab, num_queries))
-            positions, first = query_positions_T[rows], first_keys[rows]
-            trunk = (query_THD[rows], key_SGD, lse_TH[rows], scale)
-            indexer = (index_query_TJI[rows], gates_TJ[rows], index_key_SI)
-            its_gaps = None if gaps is None else (gaps[0][rows], gaps[1][rows])
+        if slabs is None:
+            num_rows = max(1, slab_bytes // (8 * key_SGD.shape[0]))
+            starts = range(0, query_THD.shape[0], num_rows)
+            slabs = [(slice(start, start + num_rows), slice(0, key_SGD.shape[0])) for start in starts]
+        sizes = [(query_THD[rows].shape[0], _padded(keys)) for rows, keys in slabs]
+        room = torch.empty(2, max((a * b for a, b in sizes), default=0), dtype=torch.float32, device=key_SGD.device)
+        for (rows, keys), size in zip(slabs, sizes, strict=True):
+            probabilities, scores = (part[: size[0] * size[1]].view(size) for part in room)
+            # Numbers of keys inside the slab.
+            positions, first = query_positions_T[rows] - keys.start, first_keys[rows] - keys.start
+            its_gaps = None if gaps is None else (gaps[0][rows] - keys.start, gaps[1][rows] - keys.start)
+            trunk = (query_THD[rows], key_SGD[keys], lse_TH[rows], scale)
+            indexer = (index_query_TJI[rows], gates_TJ[rows], index_key_SI[keys])
             _fill_slab(trunk, indexer, positions, first, probabilities, scores, teacher, its_gaps)
             _compare_rows(probabilities, scores, first, positions + 1, weights[rows], divergence[rows], wants, its_gaps)
             if gradients is not None:
-                gradients.add_dense(probabilities, rows, positions, first, its_gaps)
+                gradients.add_dense(probabilities, rows, keys, positions, first, its_gaps)
     return _attach(divergence, weights, gradients, index_query_TJI, gates_TJ, index_key_SI), divergence
 
 
@@ -291,6 +299,11 @@ def _weights(weights_T: Tensor | None, gates_TJ: Tensor) -> Tensor:
     if weights_T is None:
         return torch.full((num_queries,), 1 / max(1, num_queries), dtype=torch.float32, device=gates_TJ.device)
     return weights_T.detach().float().contiguous()
+
+
+def _padded(keys: slice) -> int:
+    """Columns of a slab: whole 64 bytes, so that kernels are compiled for one kind of stride."""
+    return -(-(keys.stop - keys.start) // 16) * 16
 
 
 def _fill_slab(

@@ -4,6 +4,8 @@ They work document by document and may hold a square of one document's tokens, n
 Letters as in `reference`; what a token sees says `visible_keys`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,20 @@ from openkeye.kernels.reference import widen
 from openkeye.kernels.visible_keys import Span, VisibleKeys, branches_of
 
 
-def branched_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, visible: VisibleKeys, scale: float) -> Tensor:
-    """softmax(q . k * scale) v over the keys that each token of the pack sees, [T, H, D]."""
+def branched_attention(
+    query_THD: Tensor,
+    key_TGD: Tensor,
+    value_TGD: Tensor,
+    visible: VisibleKeys,
+    scale: float,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = reference.dense_attention,
+) -> Tensor:
+    """softmax(q . k * scale) v over the keys that each token of the pack sees, [T, H, D]; attend: of one trunk."""
     outputs = []
     for span in visible.spans:
         trunk = slice(span.start, span.trunk_end)
         positions = torch.arange(span.trunk_end - span.start, device=query_THD.device)
-        outputs.append(reference.dense_attention(query_THD[trunk], key_TGD[trunk], value_TGD[trunk], positions, scale))
+        outputs.append(attend(query_THD[trunk], key_TGD[trunk], value_TGD[trunk], positions, scale))
         if span.branches:
             outputs.append(_attend_branches(query_THD, key_TGD, value_TGD, visible, span, scale))
     return torch.cat(outputs)

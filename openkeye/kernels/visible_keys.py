@@ -110,6 +110,23 @@ class VisibleKeys:
             return is_visible
         return is_visible & ((columns < self.gap_start_T[rows, None]) | (columns >= self.gap_end_T[rows, None]))
 
+    def slabs(self, max_pairs: int) -> list[tuple[slice, slice]]:
+        """Tokens and the keys that hold all that they see, in blocks of at most max_pairs (at least one token's).
+
+        Neighbouring documents share a block where it holds them whole; a document that is too large is cut into rows.
+        """
+        slabs, start = [], 0
+        for number, span in enumerate(self.spans):
+            following = self.spans[number + 1].end if number + 1 < len(self.spans) else None
+            if following is not None and (following - start) ** 2 <= max_pairs:
+                continue
+            rows = span.end - start if (span.end - start) ** 2 <= max_pairs else max(1, max_pairs // (span.end - start))
+            for row in range(start, span.end, rows):
+                end = min(row + rows, span.end)
+                slabs.append((slice(row, end), slice(start, end)))
+            start = span.end
+        return slabs
+
     @property
     def gaps(self) -> tuple[Tensor, Tensor] | None:
         """Starts and ends of what each token does not see."""

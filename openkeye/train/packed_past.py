@@ -161,7 +161,7 @@ class PackedPast:
             if target == "selected" and needs_gradients(*trunk):
                 divergence = self._divergence_room(layer_index, query)
                 output, loss = packs.teaching_attention(*trunk, *indexer, picked_TK, weights, divergence, scale)
-                self._losses[layer_index] = loss
+                self._losses.setdefault(layer_index, loss)
                 return output
             output = sparse_attention(*trunk, picked_TK, scale)
         if target == "dense":
@@ -173,7 +173,9 @@ class PackedPast:
             elif lse is None:
                 lse = packs.branched_attention_lse(query, key, visible, scale)
             loss, divergence = packs.selected_indexer_loss(query, key, *indexer, picked_TK, scale, weights, lse)
-        self._losses[layer_index], self._divergences[layer_index] = loss, divergence
+        # A layer computed again must not be held here: the first loss, which is part of the step's, is the one to keep.
+        self._losses.setdefault(layer_index, loss)
+        self._divergences.setdefault(layer_index, divergence)
         return output
 
     def _divergence_room(self, layer_index: int, query_THD: Tensor) -> Tensor:

@@ -71,14 +71,27 @@ def test_the_log_sum_exp_leaves_gaps_out(device, heads, groups, width):
     torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_slabs_hold_every_token_once_beside_all_that_it_sees(device):
+    visible, seen = visible_of(LAYOUT, device), visible_keys(LAYOUT)
+    for max_pairs, count in ((1 << 20, 1), (64 * 64, 4), (200, None), (1, 187)):
+        slabs = visible.slabs(max_pairs)
+        assert [row for rows, _ in slabs for row in range(rows.start, rows.stop)] == list(range(LAYOUT.num_tokens))
+        assert count is None or len(slabs) == count
+        for rows, keys in slabs:
+            num_rows = rows.stop - rows.start
+            assert num_rows * (keys.stop - keys.start) <= max_pairs or num_rows == 1
+            for row in range(rows.start, rows.stop):
+                assert keys.start <= seen[row][0] and seen[row][-1] < keys.stop
+
+
 @pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 32), (9, 3, 64)])
-@pytest.mark.parametrize("slab_bytes", [1 << 30, 8 * 187 * 50])
-def test_the_dense_loss_leaves_gaps_out(device, heads, groups, width, slab_bytes):
+@pytest.mark.parametrize("max_pairs", [None, 1 << 20, 63 * 63, 500])
+def test_the_dense_loss_leaves_gaps_out(device, heads, groups, width, max_pairs):
     given, visible = project(LAYOUT, device, heads=heads, groups=groups, width=width), visible_of(LAYOUT, device)
     weights = torch.rand(LAYOUT.num_tokens, generator=torch.Generator().manual_seed(1)).to(device)
     loss, divergence = dense_indexer_loss(
         given.query, given.key, *given.indexer, visible.last_T, SCALE, visible.first_T, weights,
-        slab_bytes=slab_bytes, gaps=visible.gaps,
+        gaps=visible.gaps, slabs=None if max_pairs is None else visible.slabs(max_pairs),
     )  # fmt: skip
     other = given.moved(device, torch.float64)
     its_loss, its_divergence = reference_packs.dense_indexer_loss(
@@ -144,7 +157,7 @@ def kernels_serve(monkeypatch) -> None:
         monkeypatch.setattr(module, "can_be_fast", lambda x: x.dtype != torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:branched_attention runs in plain PyTorch")
+@pytest.mark.filterwarnings("ignore:.*_attention runs in plain PyTorch")
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 @pytest.mark.parametrize("target", ["dense", "selected", "selected_dense"])
 def test_a_past_on_kernels_equals_one_without(device, kernels_serve, attention, target):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from openkeye.engine.batch import Batch, PagedPast, Segment
@@ -11,7 +12,7 @@ from openkeye.kernels.dispatch import indexer_select
 from openkeye.kernels.reference import index_scores, quantize_vectors
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
-from openkeye.model.past import PlainPast
+from openkeye.model.past import IndexerOutput, PlainPast
 from openkeye.train.packed_past import PackedPast, Teaching
 from tests.model.naive_keye import make_config, make_weights
 from tests.train.packs import Projections, draw, make_layout, visible_keys
@@ -319,3 +320,23 @@ def test_emulated_e4m3_is_what_the_engine_answers_with():
         torch.testing.assert_close(found[True][tokens], answered, rtol=1e-4, atol=1e-4)
         num_changed += int(((found[False][tokens] - answered).abs().amax(dim=1) > 1e-2).sum())
     assert num_changed > 5, "rounding must change selections, or this shows nothing"
+
+
+def test_a_layer_computed_again_is_not_held():
+    """With checkpointing the past keeps the step's own loss, not the second one with all that it was made from."""
+    given = draw(LAYOUT.num_tokens)
+    past = PackedPast(LAYOUT, K, "dense", Teaching("dense", weights_of(LAYOUT)))
+    calls = []
+
+    def layer() -> Tensor:
+        calls.append(1)
+        # As in a layer, something after attention keeps its input.
+        return past.attend(0, *given.trunk, IndexerOutput(*(2 * x for x in given.indexer))).sin().sin()
+
+    def made_by():
+        return past.indexer_loss.grad_fn.next_functions[0][0].next_functions[0][0]
+
+    output = torch.utils.checkpoint.checkpoint(layer, use_reentrant=False)
+    first = made_by()
+    (output.sum() + past.indexer_loss).backward()
+    assert len(calls) == 2 and made_by() is first
