@@ -149,7 +149,8 @@ def _needles(
     report: dict[str, Any] = {}
     for length in arguments.lengths if arguments.needles else ():
         needles = list(make_needles(texts, processor, length, arguments.needles, arguments.seed))
-        report[str(length)] = row = {"num_needles": len(needles)}
+        row: dict[str, Any] = {"num_needles": len(needles)}
+        report[str(length)] = row
         for mode in _shown(modes, f"Needles in {length:,} tokens"):
             found = np.array([ask_needle(model, needle, mode) for needle in needles], dtype=float)
             row[str(mode)] = {
