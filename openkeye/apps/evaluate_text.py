@@ -23,7 +23,7 @@ def add_text_suite(suite: argparse.ArgumentParser) -> None:
     """Options of the suite."""
     suite.add_argument("--model", required=True, metavar="DIR", help="a text model, such as `openkeye convert` writes")
     suite.add_argument("--files", required=True, nargs="+", metavar="FILE", help="plain text that training never saw")
-    suite.add_argument("--context", type=int, default=2048, metavar="N", help="tokens of a document (default: 2,048)")
+    suite.add_argument("--context", type=int, metavar="N", help="tokens of a document (default: 2,048)")
     suite.add_argument("--documents", type=int, default=16, metavar="N", help="at most, spread over the files (default: 16)")
     suite.add_argument("--k", type=int, nargs="+", default=CHOICES, help="keys that sparse attention selects")
     suite.add_argument("--oracle", action="store_true", help="also select attention's own top k: what an indexer could reach")
@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_options(arguments: argparse.Namespace, processor: "Processor") -> None:
-    longest = processor.max_tokens or arguments.context
+    longest = processor.max_tokens or max(LENGTHS)
+    if arguments.context is None:
+        arguments.context = min(2048, longest)
     if not 2 <= arguments.context <= longest:
         raise InputError(f"--context is {arguments.context}; give 2 to {longest:,}, the model's positions")
     if min(arguments.k) < 1 or arguments.documents < 1 or arguments.needles < 0:
@@ -149,7 +151,8 @@ def _needles(
     report: dict[str, Any] = {}
     for length in arguments.lengths if arguments.needles else ():
         needles = list(make_needles(texts, processor, length, arguments.needles, arguments.seed))
-        report[str(length)] = row = {"num_needles": len(needles)}
+        row: dict[str, Any] = {"num_needles": len(needles)}
+        report[str(length)] = row
         for mode in _shown(modes, f"Needles in {length:,} tokens"):
             found = np.array([ask_needle(model, needle, mode) for needle in needles], dtype=float)
             row[str(mode)] = {

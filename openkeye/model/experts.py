@@ -58,6 +58,10 @@ class MixtureOfExperts(nn.Module):
 class DenseMlp(nn.Module):
     """silu(gate) * up, then down: what layers have whose configuration names no experts."""
 
+    keeps_router_logits = False
+    router_logits: Tensor | None = None
+    # as `MixtureOfExperts` has them; there is no router
+
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
