@@ -37,13 +37,12 @@ def test_a_sparse_minute_is_made_and_scored(tmp_path):
         "frameforge", "make", "--tier", "hour", "--seconds", "60..60", "--num", "1", "--workers", "1", "--out", tmp_path
     )
     assert made.returncode == 0, made.stderr
-    report = json.loads(openkeye("evaluate", "frameforge", "--tier", "hour", "--data", tmp_path, "--num", "1", "--json").stdout)
+    # 40 of 120 frames: what the budget says.
+    command = ("evaluate", "frameforge", "--tier", "hour", "--data", tmp_path, "--num", "1", "--json", "--total-tokens", "640")
+    report = json.loads(openkeye(*command).stdout)
     settings = report["settings"]
-    assert settings["tier"] == "hour" and settings["mean_frames"] == 120 and settings["mean_prompt_tokens"] > 2600
-    assert report["timestamp_localisation"]["num_questions"] == 4 and report["reading"]["ceiling"] == 1.0
-    # Half of the tokens are half of the frames.
-    few = ("evaluate", "frameforge", "--tier", "hour", "--data", tmp_path, "--num", "1", "--json", "--total-tokens", "640")
-    assert json.loads(openkeye(*few).stdout)["settings"]["mean_frames"] == 40
+    assert settings["tier"] == "hour" and settings["mean_frames"] == 40 and 880 < settings["mean_prompt_tokens"] < 960
+    assert report["timestamp_localisation"]["num_questions"] == 4 and report["reading"]["num_questions"] >= 2
 
 
 def test_an_hour_that_does_not_fit_is_told_before_it_is_filmed():
@@ -72,7 +71,7 @@ def test_an_hour_takes_every_frame_where_there_is_room(engine):
 def test_a_cache_that_is_too_small_names_the_size_it_needs():
     engine = Engine("openkeye-tiny", "cpu", config=EngineConfig(cache_tokens=2048))
     limits = whole_video_limits(engine, 120.0, 2.0, None)
-    with pytest.raises(InputError, match="holds 2,048: give --cache-tokens 5440 or more"):
+    with pytest.raises(InputError, match="holds 2,048: give --cache-tokens 5632 or more"):
         check_room(engine, 120.0, limits, 112, 2.0)
 
 
