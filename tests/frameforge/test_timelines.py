@@ -6,8 +6,8 @@ import numpy as np
 
 from openkeye.frameforge.catalogue import COLOUR_NAMES, SHAPES
 from openkeye.frameforge.needles import make_sparse_scene
-from openkeye.frameforge.questions import make_questions
-from openkeye.frameforge.scene import make_scene
+from openkeye.frameforge.questions import Question, make_questions
+from openkeye.frameforge.scene import Scene, Track, make_scene
 from openkeye.frameforge.timelines import NOTHING, caption, is_answered_by_text, timeline
 
 
@@ -102,3 +102,21 @@ def test_a_caption_tells_what_its_frames_show_and_no_more():
         told |= set(re.findall(r"The (.*?) (?:is|moves)", text))
     assert {scene.name(track) for track in scene.objects} <= told
     assert caption(scene, 100.0 + 0.5 * np.arange(30)) == NOTHING
+
+
+def test_what_falls_between_two_moments_is_not_asked():
+    moments = 0.5 * np.arange(40)
+    background = make_scene(np.random.default_rng(0), 0.0, 20.0).background
+
+    def scene(*events: tuple[float, float]) -> Scene:
+        tracks = [Track(n, n, 0, 0, (event,), ((0.0, 0.5, 0.5),), n) for n, event in enumerate(events)]
+        return Scene(0.0, 20.0, tuple(tracks), background)
+
+    mentions = ((0, "red circle"), (1, "orange square"))
+    order = Question("before_after", "Does the red circle appear before the orange square?", "Yes.", mentions=mentions)
+    # 2.1 and 2.4 s are both seen first at 2.5 s.
+    assert not is_answered_by_text(order, scene((2.1, 5.0), (2.4, 6.0)), moments)
+    assert is_answered_by_text(order, scene((2.1, 5.0), (2.6, 6.0)), moments)
+    meeting = Question("co_occurrence", "Do the red circle and the orange square appear together?", "Yes.", mentions=mentions)
+    assert not is_answered_by_text(meeting, scene((2.1, 5.2), (5.1, 6.0)), moments)
+    assert is_answered_by_text(meeting, scene((2.1, 5.2), (4.1, 6.0)), moments)
