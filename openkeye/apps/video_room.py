@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from openkeye.engine.loop import Engine
     from openkeye.inputs.sampling import VideoLimits
 
-ANSWER_TOKENS = 128
-# and the question
+ANSWER_TOKENS = 320
+# and the question: what the engine keeps free for an answer by default, and 64
 
 
 def whole_video_limits(engine: "Engine", seconds: float, fps: float | None, total_tokens: int | None) -> "VideoLimits":

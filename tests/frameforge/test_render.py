@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from openkeye.frameforge.render import join_jobs, render, scene_job
+from openkeye.frameforge.render import join_jobs, render, scene_job, split_job
 from openkeye.frameforge.scene import Background, Scene, Track
-from openkeye.frameforge.stream import codec_like, make_training_clip
+from openkeye.frameforge.stream import codec_like, codec_like_by_frame, damage_table, make_training_clip
 from openkeye.frameforge.writer import make_clip
 
 GREY = Background("plain", (90.0, 90.0, 90.0), (90.0, 90.0, 90.0), 0.0)
@@ -32,6 +32,26 @@ def test_drawing_is_deterministic_and_clips_do_not_mix():
     together = render(join_jobs(jobs), 112, "cpu")
     apart = torch.cat([render(job, 112, "cpu") for job in jobs])
     assert torch.equal(together, apart) and torch.equal(together, render(join_jobs(jobs), 112, "cpu"))
+
+
+def test_a_job_in_pieces_is_the_same_drawing():
+    job = join_jobs([scene_job(make_clip(1, index).scene, np.arange(5) * 1.0) for index in range(3)])
+    parts = list(split_job(job, 4))
+    assert [part.num_frames for part in parts] == [(4,), (1, 3), (2, 2), (3,)]
+    assert torch.equal(torch.cat([render(part, 112, "cpu") for part in parts]), render(job, 112, "cpu"))
+
+
+def test_damage_by_frame_leaves_the_others_alone():
+    frames = render(scene_job(make_clip(1, 0).scene, np.arange(24) / 2), 112, "cpu")
+    table = damage_table(3, 24)
+    is_hit = torch.from_numpy(table[:, 0] >= 0)
+    damaged = codec_like_by_frame(frames.clone(), table)
+    assert torch.equal((damaged != frames).flatten(1).any(dim=1), is_hit) and 0 < is_hit.sum() < 24
+    assert (damaged.float() - frames.float()).abs().mean() < 8
+    # A frame's damage is its own, whatever is damaged beside it.
+    alone = torch.cat([codec_like_by_frame(frames[n : n + 1].clone(), table[n : n + 1]) for n in range(24)])
+    assert torch.equal(alone, damaged)
+    assert len(np.unique(damage_table(3, 600)[:, 1])) == 12 and len(damage_table(0, 1)) == 1
 
 
 def test_cell_labels_name_what_is_centred_there():

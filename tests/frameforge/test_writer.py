@@ -1,5 +1,8 @@
 """Files on disk: decodable, true, the same for the same seed."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from openkeye.common.checks import InputError
 from openkeye.frameforge import writer
 from openkeye.frameforge.render import render, scene_job
 from openkeye.frameforge.stream import make_training_clip
-from openkeye.frameforge.writer import film, make_clip, read_clips, write_clips
+from openkeye.frameforge.writer import clip_record, film, make_clip, read_clips, write_clips
 from openkeye.inputs.sampling import VideoLimits
 from openkeye.inputs.video import read_video
 
@@ -38,6 +41,32 @@ def test_files_and_training_never_share_a_scene():
     files = {tuple(question.text for question in make_clip(0, index).questions) for index in range(50)}
     training = {tuple(q.text for q in make_training_clip(0, index, 24).questions) for index in range(50)}
     assert not files & training
+
+
+@pytest.mark.parametrize(
+    ("tier", "index", "digest"),
+    [
+        ("standard", 0, "e976d75345daa4e0"),
+        ("standard", 7, "2454e5aae20c9373"),
+        ("long", 0, "baa1bfed1320399b"),
+        ("long", 3, "3d9fdf881534b5b0"),
+    ],
+)
+def test_clips_are_those_of_earlier_releases(tier, index, digest):
+    """Scores of one release are compared with another's: whoever changes a clip changes them all."""
+    record = json.dumps(clip_record(make_clip(11, index, tier)))
+    assert hashlib.sha256(record.encode()).hexdigest()[:16] == digest
+
+
+def test_a_sparse_film_is_small_and_true(tmp_path):
+    clip = make_clip(3, 1, "hour", seconds=(60.0, 61.0))
+    film(clip, tmp_path / "clip.mp4")
+    limits = VideoLimits(min_tokens_per_frame=16, max_tokens_per_frame=16, factor=28)
+    frames = read_video(tmp_path / "clip.mp4", limits)
+    assert frames.times_seconds == [number / 2 for number in range(clip.num_frames)]
+    drawn = render(scene_job(clip.scene, np.array(frames.times_seconds)), 112, "cpu").float()
+    assert (drawn - torch.from_numpy(frames.pixels).float()).abs().mean() < 6.0
+    assert (tmp_path / "clip.mp4").stat().st_size < 500_000
 
 
 def test_the_long_tier_is_minutes_long():
