@@ -127,7 +127,7 @@ def _with_purpose(sample: Sample) -> Sequence[Mapping[str, Any]]:
 
 def _is_learnt(message: Any) -> bool:
     # What is no message is told so by `split_messages`.
-    return not isinstance(message, Mapping) or (message.get("role") == "assistant" and bool(message.get("learn", True)))
+    return not isinstance(message, Mapping) or (message.get("role") == "assistant" and message.get("learn") is not False)
 
 
 def _as_answering_takes_it(message: Mapping[str, Any]) -> Mapping[str, Any]:

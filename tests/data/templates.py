@@ -60,6 +60,9 @@ FORGETFUL = (
 )
 # The generation prompt is in no rendered conversation.
 
+STRINGS = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+# Adds contents up as strings, as templates of text models do, and has no generation prompt.
+
 
 def write_model(folder: Path, template: str) -> Path:
     """The folder of `tests.inputs.checkpoint` with a chat template."""
