@@ -23,6 +23,9 @@ from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Medium
 from openkeye.inputs.video import DecodeHealth, Frames, VideoRequest, iterate_shown
 
+FIELD_KINDS = {"reasoning_content": str, "tool_calls": list, "learn": bool}
+# of a message, beside those that `inputs.messages` checks
+
 
 @dataclass(frozen=True)
 class DocumentLimits:
@@ -124,16 +127,16 @@ def _with_purpose(sample: Sample) -> Sequence[Mapping[str, Any]]:
 
 def _is_learnt(message: Any) -> bool:
     # What is no message is told so by `split_messages`.
-    return not isinstance(message, Mapping) or (message.get("role") == "assistant" and bool(message.get("learn", True)))
+    return not isinstance(message, Mapping) or (message.get("role") == "assistant" and message.get("learn") is not False)
 
 
 def _as_answering_takes_it(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message as the server hands it to the template: no developers, calls as objects and not as JSON in a string."""
     if not isinstance(message, Mapping):
         return message
-    for name, kind in (("reasoning_content", str), ("tool_calls", (list, tuple)), ("learn", bool)):
-        if not isinstance(message.get(name), (kind, type(None))):
-            raise InputError(f"{name} is {message[name]!r:.80}; expected {'a list' if name == 'tool_calls' else kind.__name__}")
+    for name, kind in FIELD_KINDS.items():
+        if message.get(name) is not None and not isinstance(message[name], kind):
+            raise InputError(f"{name} is {message[name]!r:.80}; expected {kind.__name__}")
     changed = {name: value for name, value in message.items() if name != "learn" or value is not None}
     if message.get("role") == "developer":
         changed["role"] = "system"

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from openkeye.common.checks import InputError
-from openkeye.inputs.encode import encode_pieces
 from openkeye.inputs.processor import Processor
 
 Pieces = list[tuple[str, bool]]
@@ -42,6 +41,8 @@ class TurnReader:
         self.processor = processor
         self._options = {"tools": list(tools)} if tools else {}
         self._ends = tuple(processor.tokenizer.special_tokens)
+        self._ids_of: dict[str, list[int]] = {}
+        # parts of prompts: every turn's prompt holds all turns before it
         if tools:
             self._check_tools()
 
@@ -66,7 +67,20 @@ class TurnReader:
 
     def ids_alone(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Template ids of messages that nobody has answered or gone on from."""
-        return encode_pieces(self._render(messages, False), self.processor)
+        return self._encode(self._render(messages, False))
+
+    def _encode(self, pieces: Pieces) -> list[int]:
+        """Ids as `inputs.encode.lay_out` has them, of each part of a template's text once."""
+        ids: list[int] = []
+        for text, is_prose in pieces:
+            if is_prose:
+                ids += self.processor.encode_text(text)
+                continue
+            for part in self.processor.tokenizer.cut_template(text):
+                if part not in self._ids_of:
+                    self._ids_of[part] = self.processor.tokenizer.encode_template(part)
+                ids += self._ids_of[part]
+        return ids
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> Pieces:
         seen = [{key: value for key, value in message.items() if key != "learn"} for message in messages]
@@ -92,7 +106,7 @@ class TurnReader:
             )
         # What follows the end token, a line break mostly, is never generated.
         answer[-1] = (text.rstrip(), is_prose)
-        return encode_pieces(prompt, self.processor), encode_pieces(answer, self.processor)
+        return self._encode(prompt), self._encode(answer)
 
     def _spelled(self, before: list[Mapping[str, Any]], message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message, with the reasoning and the calls that the template would leave out written into its content."""

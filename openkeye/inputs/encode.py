@@ -69,7 +69,11 @@ def lay_out(
     limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
     sized = size_media(parts, processor, limits)
     pieces = processor.template.render(plain_messages, add_generation_prompt, **template_options)
-    template_ids = encode_pieces(pieces, processor)
+    template_ids = [
+        token
+        for text, is_prose in pieces
+        for token in (processor.encode_text(text) if is_prose else processor.tokenizer.encode_template(text))
+    ]
     check_placeholders(template_ids, parts, processor)
     expected = sum(num_tokens_of(item, processor) for item in sized) + len(template_ids) - len(sized)
     _check_length(expected, num_reserved_tokens, max_tokens, sized, processor)
@@ -102,15 +106,6 @@ def encode(
         media_hashes=tuple(picture_hash(picture) for pixels_NHWC in pixels for picture in pixels_NHWC),
         notes=[f"{video.source}: {note}" for video in videos for note in video.notes],
     )
-
-
-def encode_pieces(pieces: Sequence[tuple[str, bool]], processor: Processor) -> list[int]:
-    """Token ids of what a template rendered (`inputs.template`): prose stays prose, one placeholder stands for each medium."""
-    return [
-        token
-        for text, is_prose in pieces
-        for token in (processor.encode_text(text) if is_prose else processor.tokenizer.encode_template(text))
-    ]
 
 
 def size_media(parts: Sequence[MediaPart], processor: Processor, video_limits: VideoLimits) -> list[SizedMedia]:

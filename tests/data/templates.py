@@ -44,10 +44,11 @@ THINKING = """{%- if tools %}<|im_start|>system
 {% endif %}"""
 # Thinks behind the last question only, as Qwen3 does: earlier turns are rewritten, and the last answer always has a thought.
 
-TURNS = """{{ bos_token }}{% for message in messages %}{% if message.learn is defined %}{{ raise_exception("what is this?") }}{% endif %}
+TURNS = """{{ bos_token }}{% for message in messages %}
+{%- if message.learn is defined %}{{ raise_exception("what is this?") }}{% endif %}
 [{{ message.role }}] {{ message.content }}<|endoftext|>
 {%- endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
-# Another end token without a line break behind it, a space at the seam, and no patience with fields that nobody knows.
+# Another end token without a line break behind it, a space at the seam, and no patience with unknown fields.
 
 ENDLESS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -58,6 +59,9 @@ FORGETFUL = (
     "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>Go{% endif %}"
 )
 # The generation prompt is in no rendered conversation.
+
+STRINGS = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+# Adds contents up as strings, as templates of text models do, and has no generation prompt.
 
 
 def write_model(folder: Path, template: str) -> Path:

@@ -15,7 +15,7 @@ from openkeye.data.sample import Sample
 from openkeye.inputs.encode import encode, lay_out
 from openkeye.inputs.processor import BUNDLED_DIR, Processor
 from openkeye.inputs.video import Frames
-from tests.data.templates import ENDLESS, FORGETFUL, THINKING, TURNS, write_model
+from tests.data.templates import ENDLESS, FORGETFUL, STRINGS, THINKING, TURNS, write_model
 from tests.inputs.clips import even_times, make_clip, read_barcode
 
 LIMITS = DocumentLimits(4096)
@@ -33,7 +33,7 @@ def bundled():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    written = {"thinking": THINKING, "turns": TURNS, "endless": ENDLESS, "forgetful": FORGETFUL}
+    written = {"thinking": THINKING, "turns": TURNS, "endless": ENDLESS, "forgetful": FORGETFUL, "strings": STRINGS}
     return {name: Processor.load(write_model(folder / name, template)) for name, template in written.items()}
 
 
@@ -240,14 +240,19 @@ def test_branches_go_on_from_the_video_as_conversations_of_their_own_would(bundl
     assert document.num_learnt == int(document.is_learnt.sum())
 
 
-def test_branches_behind_an_answer_learn_the_trunk_once(bundled):
+@pytest.mark.parametrize("model", ["bundled", "thinking"])
+def test_branches_behind_an_answer_learn_the_trunk_once(bundled, models, model):
+    processor, thought = (bundled, "") if model == "bundled" else (models[model], "<think>\n\n</think>\n\n")
     trunk = [user("Look."), says("I see.")]
     branches = [[user(f"Question {number}?"), says(f"{number}.")] for number in range(2)]
-    document = to_document(Sample("a:1", trunk, branches), bundled, LIMITS)
-    assert learnt_text(document, bundled) == ["I see.<|im_end|>", "0.<|im_end|>", "1.<|im_end|>"]
-    assert_stands_behind(document, trunk[:1], "I see.<|im_end|>", bundled)
+    document = to_document(Sample("a:1", trunk, branches), processor, LIMITS)
+    assert learnt_text(document, processor) == [f"{thought}{words}<|im_end|>" for words in ("I see.", "0.", "1.")]
+    assert_stands_behind(document, trunk[:1], f"{thought}I see.<|im_end|>", processor)
     for number in range(2):
-        assert_stands_behind(document, [*trunk, branches[number][0]], f"{number}.<|im_end|>", bundled)
+        assert_stands_behind(document, [*trunk, branches[number][0]], f"{thought}{number}.<|im_end|>", processor)
+    # Behind an answer that stays as it was, branches share it; one that is rewritten is a branch itself.
+    assert len(document.branches) == (2 if model == "bundled" else 3)
+    assert document.num_learnt == int(document.is_learnt.sum())
 
 
 def test_long_videos_are_cut_to_their_beginning(bundled, clip):
@@ -326,6 +331,13 @@ def test_pictures_and_videos_come_in_the_order_of_their_pads(bundled, clip):
     assert (document.pictures[0].pixels[1][0, 0, 0] == [250, 0, 0]).all()
     image_pads = document.input_ids == bundled.image_token_id
     assert int(image_pads.sum()) == 16 and bool(document.is_media[image_pads].all())
+
+
+def test_a_template_for_strings_alone_refuses_a_video(models, clip):
+    with pytest.raises(InputError, match=r"a:1: the chat template refuses these messages: can only concatenate str"):
+        to_document(Sample("a:1", [user({"type": "video", "video": clip}), says("b")]), models["strings"], LIMITS)
+    document = to_document(Sample("a:1", [user("a"), says("b", learn=None)]), models["strings"], LIMITS)
+    assert learnt_text(document, models["strings"]) == ["<|im_start|>b<|im_end|>"]
 
 
 def test_a_text_model_learns_chats_and_refuses_pictures(models, clip):

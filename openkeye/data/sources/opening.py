@@ -18,7 +18,12 @@ def _reader(place: str) -> Opener:
 
     def open_reader(name: str, config: SourceConfig, model_dir: str) -> Source:
         module, attribute = place.split(":")
-        reader = getattr(import_module(f"openkeye.data.sources.{module}"), attribute)
+        try:
+            reader = getattr(import_module(f"openkeye.data.sources.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"source {name!r}: {config.reader} needs the package {error.name}; run `pip install 'openkeye[train]'`"
+            ) from error
         return reader(config.path, **_checked(name, config, inspect.signature(reader).parameters))
 
     return open_reader

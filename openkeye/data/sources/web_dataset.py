@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
 
 from openkeye.common.checks import InputError
 from openkeye.data.sample import Sample
@@ -98,15 +100,11 @@ class TarShards:
 def _shards(path: str | Path) -> list[Path]:
     if "{" not in str(path):
         return files_at(path, "*.tar", "a tar shard or a folder of them")
-    from webdataset.shardlists import expand_urls
-
     return [existing_file(shard, "tar shards") for shard in expand_urls(str(path))]
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """(stem, ending -> (first byte, size)) of neighbouring members of one stem, as the library groups them."""
-    from webdataset.tariterators import base_plus_ext
-
     stem, members = None, dict[str, tuple[int, int]]()
     for name, start, size in _members(shard):
         found, ending = base_plus_ext(name)

@@ -1,4 +1,5 @@
 import pickle
+import sys
 
 import pytest
 
@@ -26,6 +27,15 @@ def test_a_missing_file_is_told_at_opening(reader, tmp_path):
     for path in ("", str(tmp_path / "none.x")):
         with pytest.raises(InputError, match=r"no such file|a folder"):
             open_source("a", SourceConfig(reader, path))
+
+
+@pytest.mark.parametrize(("reader", "package"), [("parquet", "pyarrow"), ("web_dataset", "webdataset")])
+def test_a_missing_package_is_told_with_its_mend(reader, package, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == package or name.endswith(f"sources.{reader}")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"source 'a': {reader} needs the package {package}.*openkeye\[train\]"):
+        open_source("a", SourceConfig(reader, "x"))
 
 
 def test_a_source_travels_to_another_process(tmp_path):
