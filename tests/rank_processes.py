@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def _free_port() -> int:
+def find_free_port() -> int:
+    """A port that nobody listens to just now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -26,7 +27,7 @@ def _listen_to_signals() -> None:
 @contextmanager
 def started(size: int, module: str, *arguments: str | Path) -> Iterator[list[subprocess.Popen]]:
     """`python -m module` as ranks 0 to size - 1; whatever still runs at the end is killed."""
-    common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],

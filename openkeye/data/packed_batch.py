@@ -1,6 +1,6 @@
 """`PackedBatch`: documents one after the other, as one step's pass of the network reads them. None sees another.
 
-Letters: T tokens, N documents, M media tokens.
+Letters: T tokens, n tokens with a label, N documents, M media tokens.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,8 @@ class PackedBatch:
     # [3, T] int64
     labels: Tensor
     # [T] int64: the token that each token is to predict, NO_LABEL where it learns nothing
+    learnt_positions: Tensor
+    # [n] int64, rising: where labels are not NO_LABEL, so that the head runs on these alone and nobody asks the device for them
     media_positions: Tensor
     # [M] int64, rising: the tokens that the pictures' vectors replace, in their order
     tasks: tuple[str, ...]
@@ -60,8 +62,11 @@ class PackedBatch:
     names: tuple[str, ...]
     pictures: tuple[Pictures, ...] = ()
     # of all documents in order, drawn by `patches`
-    num_learnt: int = 0
-    # labels that are not NO_LABEL, on the host
+
+    @property
+    def num_learnt(self) -> int:
+        """Labels that are not NO_LABEL."""
+        return self.learnt_positions.shape[0]
 
     @property
     def num_tokens(self) -> int:
@@ -77,9 +82,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same on a device; pictures are drawn there."""
-        moved = {
-            name: upload(getattr(self, name), device) for name in ("input_ids", "position_ids", "labels", "media_positions")
-        }
+        tensors = ("input_ids", "position_ids", "labels", "learnt_positions", "media_positions")
+        moved = {name: upload(getattr(self, name), device) for name in tensors}
         return PackedBatch(**vars(self) | moved)
 
 
@@ -106,11 +110,11 @@ def pack(documents: Sequence[Document]) -> PackedBatch:
         input_ids=torch.cat([document.input_ids for document in documents]),
         position_ids=torch.cat([document.position_ids for document in documents], dim=1),
         labels=joined,
+        learnt_positions=(joined != NO_LABEL).nonzero()[:, 0],
         media_positions=torch.cat([document.is_media for document in documents]).nonzero()[:, 0],
         tasks=tuple(document.task for document in documents),
         names=tuple(document.name for document in documents),
         pictures=tuple(pictures for document in documents for pictures in document.pictures),
-        num_learnt=int((joined != NO_LABEL).sum()),
     )
 
 

@@ -65,9 +65,7 @@ class Attention(nn.Module):
             return query, key, value, None
         # Detached: the indexer learns from its own loss and never through the trunk (report, sparse adaptation).
         still_TD = hidden_TD.detach()
-        indexer = self.sa_indexer
-        index = indexer(indexer.q_proj(still_TD), indexer.k_proj(still_TD), rotary.index_cos, rotary.index_sin)
-        return query, key, value, index
+        return query, key, value, self.sa_indexer.observe(still_TD, rotary.index_cos, rotary.index_sin)
 
     def write(
         self, hidden_TD: Tensor, rotary: RotaryTables, layer_index: int, past: CachedPast

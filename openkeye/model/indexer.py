@@ -26,6 +26,10 @@ class Indexer(nn.Module):
         """The indexer's view of each token, from `q_proj` and `k_proj` of the hidden state that feeds q, k and v."""
         return IndexerOutput(*index_norm_rotary(projected_TX, key_TI, *self._weights, cos_TI, sin_TI, self.q_norm.eps))
 
+    def observe(self, hidden_TD: Tensor, cos_TI: Tensor, sin_TI: Tensor) -> IndexerOutput:
+        """`forward` with its projections; one call, so that a trainer that shards parameters knows when they are needed."""
+        return self.forward(self.q_proj(hidden_TD), self.k_proj(hidden_TD), cos_TI, sin_TI)
+
     def write(
         self, projected_TX: Tensor, key_TI: Tensor, cos_TI: Tensor, sin_TI: Tensor, slots_T: Tensor, caches: LayerCaches
     ) -> CachedIndex:

@@ -1,11 +1,18 @@
 """Typed settings of a run: sources of samples, and stages that each say what trains, on what, how fast."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from openkeye.common.checks import InputError
 from openkeye.data.config import Share, SourceConfig
 
 PARTS = ("vision", "projector", "decoder", "indexer")
+ATTENTIONS = ("dense", "sparse")
+INDEXER_TARGETS = ("none", "dense", "selected", "selected_dense")
+OPTIMIZERS = ("adamw", "muon")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,65 @@ class StageConfig:
     stop_at_recall: float | None = None
     # ends the stage early once the indexer's recall of attention's top k, averaged over layers, has reached it
 
+    def __post_init__(self) -> None:
+        """Raises InputError where a stage contradicts itself; what needs the model or the run is `refusals.check_run`'s."""
+        for name, least in (("num_steps", 1), ("context", 2), ("packs_per_step", 1), ("num_warmup_steps", 0)):
+            _check_least(f"stage {self.name!r}", name, getattr(self, name), least)
+        for name in ("rate", "indexer_weight", "answer_weight", "balance_weight"):
+            _check_number(f"stage {self.name!r}", name, getattr(self, name))
+        _check_one_of(f"stage {self.name!r}", "attention", self.attention, ATTENTIONS)
+        _check_one_of(f"stage {self.name!r}", "indexer_target", self.indexer_target, INDEXER_TARGETS)
+        if self.tokens_per_pack and self.tokens_per_pack < self.context:
+            raise self._wrong(
+                f"tokens_per_pack {self.tokens_per_pack} is below context {self.context}; give at least {self.context}, or 0"
+            )
+        if not 0 <= self.rate_end_share <= 1:
+            raise self._wrong(f"rate_end_share is {self.rate_end_share}; give a share from 0 to 1")
+        if self.num_warmup_steps > self.num_steps:
+            raise self._wrong(f"num_warmup_steps {self.num_warmup_steps} exceeds num_steps {self.num_steps}; warm up for fewer")
+        if self.stop_at_recall is not None and not (0 < self.stop_at_recall <= 1 and "indexer" in self.trains):
+            raise self._wrong("stop_at_recall needs a share above 0 up to 1 and a stage that trains the indexer")
+        self._check_mixture()
+        self._check_trains()
+
+    def _wrong(self, text: str) -> InputError:
+        return InputError(f"stage {self.name!r}: {text}")
+
+    def _check_mixture(self) -> None:
+        for when, progress in (("its beginning", 0.0), ("its end", 1.0)):
+            if not sum(share.at(progress) for share in self.mixture) > 0:
+                raise self._wrong(f"the mixture sums to zero at {when}; give at least one source a weight above 0")
+
+    def _check_trains(self) -> None:
+        """Every part that trains has a loss that reaches it, and every loss a part to teach."""
+        if unknown := [part for part in self.trains if part not in PARTS]:
+            raise self._wrong(f"trains names {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+        if not self.trains:
+            raise self._wrong(f"it trains nothing; name some of {', '.join(PARTS)} in trains")
+        if idle := [part for part in self.rates if part not in self.trains]:
+            raise self._wrong(f"rates has {', '.join(idle)}, which trains does not name; take them out, or let them train")
+        for part, rate in self.rates.items():
+            _check_number(f"stage {self.name!r}", f"the rate of {part}", rate)
+        others = [part for part in self.trains if part != "indexer"]
+        if others and not self.answer_weight:
+            raise self._wrong(f"{', '.join(others)} would learn nothing with answer_weight 0; raise it, or train the indexer")
+        if self.balance_weight and "decoder" not in self.trains:
+            raise self._wrong("balance_weight teaches routers, and the decoder does not train; set it to 0")
+        if "indexer" in self.trains and (self.indexer_target == "none" or not self.indexer_weight):
+            raise self._wrong(
+                f"the indexer would learn nothing from indexer_target {self.indexer_target!r} with indexer_weight "
+                f"{self.indexer_weight:g}; choose one of {', '.join(INDEXER_TARGETS[1:])} and a weight above 0"
+            )
+        if "indexer" not in self.trains and self.indexer_target != "none":
+            raise self._wrong("indexer_target is set and the indexer does not train; add it to trains, or set it to 'none'")
+        if self.indexer_target.startswith("selected") and self.attention != "sparse":
+            raise self._wrong(f"indexer_target {self.indexer_target!r} needs attention 'sparse'; dense selects nothing")
+
+    @property
+    def pack_size(self) -> int:
+        """The most tokens of a pack."""
+        return self.tokens_per_pack or self.context
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -84,3 +150,46 @@ class RunConfig:
     metrics_every: int = 50
     # steps between measurements of the indexer's recall, mass and unique keys
     has_tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the run contradicts itself."""
+        if not self.stages:
+            raise InputError("the run has no stages; give at least one")
+        if twice := [name for name, count in Counter(stage.name for stage in self.stages).items() if count > 1]:
+            raise InputError(f"stages share the name {', '.join(twice)}; give each its own")
+        for stage in self.stages:
+            if unknown := [share.source for share in stage.mixture if share.source not in self.sources]:
+                raise InputError(
+                    f"stage {stage.name!r}: the mixture names {', '.join(unknown)}; "
+                    f"sources has {', '.join(self.sources) or 'none'}: add it there"
+                )
+        if unknown := [part for part in self.fresh if part not in PARTS]:
+            raise InputError(f"fresh names {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+        _check_one_of("run", "optimizer", self.optimizer, OPTIMIZERS)
+        _check_one_of("run", "compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        for name, least in (("num_shards", 0), ("num_workers", 0), ("log_every", 1), ("metrics_every", 1)):
+            _check_least("run", name, getattr(self, name), least)
+        for name in ("weight_decay", "save_every_seconds", "max_bad_share"):
+            _check_number("run", name, getattr(self, name))
+        if not self.clip > 0:
+            raise InputError(f"run: clip is {self.clip}; give the largest gradient norm, above 0 (inf: no clipping)")
+
+    @property
+    def num_steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.num_steps for stage in self.stages)
+
+
+def _check_least(where: str, name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{where}: {name} is {value}; give at least {least}")
+
+
+def _check_number(where: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{where}: {name} is {value}; give a number from 0 on")
+
+
+def _check_one_of(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{where}: {name} is {value!r}; choose one of {', '.join(choices)}")

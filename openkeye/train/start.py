@@ -1,0 +1,104 @@
+"""Where the weights of a run come from, and where they go when it is finished."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from openkeye.common.checks import writing_to
+from openkeye.inputs.processor import resolve_model_dir
+from openkeye.model.config import KeyeConfig
+from openkeye.model.keye import KeyeModel
+from openkeye.model.weights import INDEX_FILE, PACKING_TABLE, POOLING_HEAD, SINGLE_FILE, KeptTensor, load_model, save_model
+from openkeye.train.config import PARTS, RunConfig
+from openkeye.train.groups import part_of
+from openkeye.train.initialise import initialise
+from openkeye.train.shard import Ranks
+
+WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt")
+# of files that a finished model has its own of
+
+
+def first_weights(config: RunConfig, model_config: KeyeConfig) -> dict[str, Tensor]:
+    """Every parameter in fp32 on the CPU, loaded or fresh.
+
+    Raises:
+        InputError: the checkpoint does not fit its config.json.
+    """
+    weights: dict[str, Tensor] = {}
+    if not is_all_fresh(config):
+        weights |= load_model(resolve_model_dir(config.model_dir), dtype=torch.float32).state_dict()
+    if config.fresh:
+        model = KeyeModel(model_config)
+        initialise(model, config.seed)
+        weights |= {name: tensor for name, tensor in model.state_dict().items() if part_of(name) in config.fresh}
+    return weights
+
+
+def is_all_fresh(config: RunConfig) -> bool:
+    """Whether `model_dir` needs no weights."""
+    return set(config.fresh) == set(PARTS)
+
+
+def kept_tensors(folder: Path) -> tuple[KeptTensor, ...]:
+    """What no computation uses of a checkpoint whose weights were loaded before, maybe by another process."""
+    names = [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+    kept = []
+    for path in (folder / name for name in names):
+        with safe_open(path, framework="pt") as file:
+            kept += [KeptTensor(path, name) for name in file.keys() if name == PACKING_TABLE or name.startswith(POOLING_HEAD)]  # noqa: SIM118
+    return tuple(kept)
+
+
+def fill(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
+    """Rank 0 reads or draws the first weights, and every rank gets its part of them."""
+    weights: dict[str, Any] = dict(first_weights(config, keye.config)) if ranks.rank == 0 else {}
+    set_model_state_dict(keye, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def write_finished(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
+    """The model in the published layout in `out_dir`, with the tokenizer's and processor's files; all ranks call it.
+
+    The folder is written beside the old one and takes its place when it is whole.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    dtype = getattr(torch, keye.config.dtype)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in keye.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ranks.rank == 0:
+            weights[name] = tensor.to("cpu", dtype)
+    if ranks.rank != 0:
+        return
+    with torch.device("meta"):
+        model = KeyeModel(keye.config)
+    model.load_state_dict(weights, assign=True)
+    if not is_all_fresh(config):
+        model.kept_tensors = kept_tensors(resolve_model_dir(config.model_dir))
+    out_dir = Path(config.out_dir)
+    unfinished, old = out_dir.with_name(out_dir.name + ".unfinished"), out_dir.with_name(out_dir.name + ".old")
+    with writing_to(out_dir):
+        for rest in (unfinished, old):
+            if rest.exists():
+                shutil.rmtree(rest)
+        unfinished.mkdir(parents=True)
+        for path in resolve_model_dir(config.model_dir).iterdir():
+            if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
+                shutil.copy2(path, unfinished / path.name)
+        save_model(model, unfinished)
+        if out_dir.exists():
+            os.replace(out_dir, old)
+        os.replace(unfinished, out_dir)
+        shutil.rmtree(old, ignore_errors=True)
