@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from openkeye.common.checks import InputError
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -60,3 +62,23 @@ class LoaderConfig:
     # the budget of all videos of a sample
     top_k: int | None = None
     # of sparse attention, for the cost that packs are balanced by; None: dense
+    stage: str = ""
+    # the stage's name: stages of one seed draw and shuffle differently
+    max_read_seconds: float = 600.0
+    # in which a worker has read and converted a sample; one that takes longer hangs, and is replaced
+
+    def __post_init__(self) -> None:
+        for name in ("context", "packs_per_step", "num_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1")
+        if self.tokens_per_pack < self.context:
+            raise InputError(
+                f"a pack of {self.tokens_per_pack:,} tokens does not hold a document of {self.context:,}: "
+                f"set tokens_per_pack to at least {self.context}, or a smaller context"
+            )
+        if self.num_workers < 0:
+            raise InputError(f"num_workers is {self.num_workers}, expected 0 (no process beside this one) or more")
+        if not 0 <= self.max_bad_share < 1:
+            raise InputError(f"max_bad_share is {self.max_bad_share}, expected a share from 0 to below 1, such as 0.05")
+        if not self.max_read_seconds > 0:
+            raise InputError(f"max_read_seconds is {self.max_read_seconds}, expected a time above 0, such as 600")
