@@ -19,13 +19,19 @@ BLOCK = 64
 
 
 def attention_lse(
-    query_THD: Tensor, key_SGD: Tensor, query_positions_T: Tensor, scale: float, first_keys_T: Tensor | None = None
+    query_THD: Tensor,
+    key_SGD: Tensor,
+    query_positions_T: Tensor,
+    scale: float,
+    first_keys_T: Tensor | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """log of the sum of exp(q . k * scale) over the keys that each query sees, float32 [T, H]; -inf where it sees none.
 
     Args:
         query_positions_T: int32 or int64, the last key that a query sees.
         first_keys_T: the first one, where documents are packed; None: 0.
+        gaps: starts and ends [T] of keys between them that a query does not see, equal where it sees all; None: no gaps.
     """
     check_supported(query_THD, key_SGD, key_SGD)
     num_queries, num_heads, width = query_THD.shape
@@ -38,6 +44,7 @@ def attention_lse(
         key_SGD,
         query_positions_T,
         query_positions_T if first_keys_T is None else first_keys_T,
+        *(gaps or (query_positions_T, query_positions_T)),
         lse,
         num_queries,
         num_keys,
@@ -45,6 +52,7 @@ def attention_lse(
         key_SGD.stride(1),
         scale * math.log2(math.e),
         HAS_FIRST=first_keys_T is not None,
+        HAS_GAPS=gaps is not None,
         TILE=TILE,
         HEADS=num_heads,
         GROUP=group,
@@ -64,6 +72,8 @@ def _attention_lse(
     key,
     positions,
     first_keys,
+    gap_starts,
+    gap_ends,
     lse,
     num_queries,
     num_keys,
@@ -71,6 +81,7 @@ def _attention_lse(
     key_group,
     scale_log2,
     HAS_FIRST: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -97,6 +108,9 @@ def _attention_lse(
     if HAS_FIRST:
         first_M = tl.load(first_keys + token, mask=token < num_queries, other=num_keys).to(tl.int32)
         begin = tl.min(first_M, 0) // BLOCK * BLOCK
+    if HAS_GAPS:
+        gap_start_M = tl.load(gap_starts + token, mask=token < num_queries, other=0)
+        gap_end_M = tl.load(gap_ends + token, mask=token < num_queries, other=0)
     top_M = tl.full([TILE * BLOCK_HEADS], float("-inf"), tl.float32)
     sum_M = tl.zeros([TILE * BLOCK_HEADS], tl.float32)
     key += group * key_group
@@ -106,6 +120,8 @@ def _attention_lse(
         k_ND = tl.load(key + place_ND, mask=(column < num_keys)[:, None], other=0.0)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
         is_visible = (column[None, :] <= last_M[:, None]) & (column[None, :] >= first_M[:, None])
+        if HAS_GAPS:
+            is_visible &= (column[None, :] < gap_start_M[:, None]) | (column[None, :] >= gap_end_M[:, None])
         s_MN = tl.where(is_visible, s_MN, float("-inf"))
         new_top_M = tl.maximum(top_M, tl.max(s_MN, 1))
         safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)

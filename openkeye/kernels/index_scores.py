@@ -46,19 +46,21 @@ def index_scores(
     first_keys_T: Tensor | None = None,
     key_scales_S: Tensor | None = None,
     top_k: int = 0,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """I[t, s] = sum_j gate[t, j] relu(q[t, j] . k[s]) for the keys a query may see (report, DSA equations), float32 [T, S].
 
-    Column c of a row is key first_keys[t] + c; columns beyond the query's position are not written: whoever reads a row stops
-    there. Rows that see at most top_k keys may stay unwritten altogether.
+    Column c of a row is the c-th key that the query sees from first_keys[t] on; columns beyond are not written: whoever reads a
+    row stops there. Rows that see at most top_k keys may stay unwritten altogether.
 
     Args:
         query_TJI, key_SI: bfloat16, float16, float32 or e4m3, alike; gates already scaled by I ** -0.5, and by the queries'
             scales where those are e4m3.
         query_positions_T: int32 or int64, index of each query among the keys.
-        out_TS: where to write, with rows of any stride; None makes a new tensor.
+        out_TS: where to write, with rows of any stride that hold what a query may see; None makes a new tensor.
         first_keys_T: where each query's document begins, of query_positions' dtype; None: at 0.
         key_scales_S: float32, of keys in e4m3.
+        gaps: starts and ends [T] of keys before its own that a query does not see, equal where it sees all; None: no gaps.
 
     Raises:
         ValueError: a width, number of heads or dtype that is not served.
@@ -81,6 +83,7 @@ def index_scores(
         query_positions_T if key_scales_S is None else key_scales_S,
         query_positions_T,
         query_positions_T if first_keys_T is None else first_keys_T,
+        *(gaps or (query_positions_T, query_positions_T)),
         out_TS,
         num_queries,
         num_keys,
@@ -94,6 +97,7 @@ def index_scores(
         IS_E4M3=is_e4m3,
         HAS_FP8=is_e4m3 and has_fp8(key_SI.device) and width >= LEAST_FP8_WIDTH,
         HAS_FIRST=first_keys_T is not None,
+        HAS_GAPS=gaps is not None,
         PRECISION="ieee" if key_SI.dtype == torch.float32 else "tf32",
         num_warps=8,
         num_stages=2,
@@ -114,6 +118,8 @@ def _score(
     scales,
     positions,
     firsts,
+    gap_starts,
+    gap_ends,
     out,
     num_queries,
     num_keys,
@@ -127,6 +133,7 @@ def _score(
     IS_E4M3: tl.constexpr,
     HAS_FP8: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_key = tl.program_id(0) * KEY_BLOCK
@@ -136,8 +143,15 @@ def _score(
     first = tl.zeros([BLOCK_QUERIES], tl.int32)
     if HAS_FIRST:
         first = tl.load(firsts + token, mask=is_query, other=0).to(tl.int32)
+    gap_start = tl.zeros([BLOCK_QUERIES], tl.int32)
+    gap_end = tl.zeros([BLOCK_QUERIES], tl.int32)
+    if HAS_GAPS:
+        gap_start = tl.load(gap_starts + token, mask=is_query, other=0).to(tl.int32)
+        gap_end = tl.load(gap_ends + token, mask=is_query, other=0).to(tl.int32)
+    num_before = first + gap_end - gap_start
     # What nobody sees, or only rows that take all they see, is not computed: such a program ends before its first product.
-    is_wanted = (first_key <= position) & (first_key + KEY_BLOCK > first) & (position - first >= top_k)
+    is_wanted = (first_key <= position) & (first_key + KEY_BLOCK > first) & (position - num_before >= top_k)
+    is_wanted &= (first_key < gap_start) | (first_key + KEY_BLOCK > gap_end)
     if tl.max(is_wanted.to(tl.int32), 0) > 0:
         row = tl.program_id(1) * BLOCK_QUERIES * HEADS + tl.arange(0, BLOCK_QUERIES * HEADS)
         is_row = row < num_queries * HEADS
@@ -161,5 +175,9 @@ def _score(
             scores_MQ *= tl.load(scales + column, mask=is_key, other=0.0)[:, None]
         is_visible = is_query[None, :] & is_key[:, None] & (column[:, None] <= position[None, :])
         is_visible &= column[:, None] >= first[None, :]
-        place_MQ = token.to(tl.int64)[None, :] * out_row + (column[:, None] - first[None, :])
+        left_out_MQ = first[None, :]
+        if HAS_GAPS:
+            is_visible &= (column[:, None] < gap_start[None, :]) | (column[:, None] >= gap_end[None, :])
+            left_out_MQ = tl.where(column[:, None] < gap_end[None, :], left_out_MQ, num_before[None, :])
+        place_MQ = token.to(tl.int64)[None, :] * out_row + (column[:, None] - left_out_MQ)
         tl.store(out + place_MQ, scores_MQ, mask=is_visible)

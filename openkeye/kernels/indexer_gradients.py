@@ -57,10 +57,18 @@ class IndexerGradients:
         precision = "ieee" if self.key.dtype == torch.float32 else "tf32"
         return {"HEADS": self.num_heads, "WIDTH": self.width, "PRECISION": precision}
 
-    def add_dense(self, differences_RS: Tensor, rows: slice, positions_R: Tensor, first_keys_R: Tensor) -> None:
+    def add_dense(
+        self,
+        differences_RS: Tensor,
+        rows: slice,
+        positions_R: Tensor,
+        first_keys_R: Tensor,
+        gaps: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Those of a slab of queries, from the gradient with respect to their scores."""
         block_queries = ROWS // self.num_heads
         query, gates, num_rows = self.query[rows], self.gates[rows], positions_R.shape[0]
+        its_gaps = gaps or (positions_R, positions_R)
         _learn[(triton.cdiv(num_rows, block_queries), 1)](
             query,
             gates,
@@ -68,6 +76,7 @@ class IndexerGradients:
             differences_RS,
             positions_R,
             first_keys_R,
+            *its_gaps,
             positions_R,
             positions_R,
             positions_R,
@@ -88,6 +97,7 @@ class IndexerGradients:
             BLOCK_QUERIES=block_queries,
             BLOCK=KEY_BLOCK,
             IS_SELECTED=False,
+            HAS_GAPS=gaps is not None,
             KEEPS_PARTS=False,
             num_warps=8,
             num_stages=4,
@@ -104,6 +114,7 @@ class IndexerGradients:
             differences_RS,
             positions_R,
             first_keys_R,
+            *its_gaps,
             begins,
             ends,
             self.key_gradient,
@@ -114,6 +125,7 @@ class IndexerGradients:
             **self._shape(),
             BLOCK_QUERIES=block_queries,
             BLOCK=KEY_BLOCK,
+            HAS_GAPS=gaps is not None,
             num_warps=4,
             num_stages=5,
         )
@@ -131,8 +143,7 @@ class IndexerGradients:
                 self.gates,
                 self.key,
                 differences_TK,
-                unions.counts_N,
-                unions.counts_N,
+                *[unions.counts_N] * 4,
                 unions.keys_NU,
                 unions.masks_NU,
                 unions.counts_N,
@@ -153,6 +164,7 @@ class IndexerGradients:
                 BLOCK_QUERIES=block_queries,
                 BLOCK=KEY_BLOCK,
                 IS_SELECTED=True,
+                HAS_GAPS=False,
                 KEEPS_PARTS=is_deterministic,
                 num_warps=8 if block_queries * self.num_heads == ROWS else 4,
                 num_stages=3,
@@ -169,6 +181,8 @@ def _learn(
     differences,
     positions,
     first_keys,
+    gap_starts,
+    gap_ends,
     union_keys,
     union_masks,
     union_counts,
@@ -190,6 +204,7 @@ def _learn(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_SELECTED: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
     KEEPS_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -215,6 +230,9 @@ def _learn(
     if not IS_SELECTED:
         last_B = tl.load(positions + token_B, mask=token_B < num_queries, other=-1).to(tl.int32)
         first_B = tl.load(first_keys + token_B, mask=token_B < num_queries, other=num_keys).to(tl.int32)
+        if HAS_GAPS:
+            gap_start_B = tl.load(gap_starts + token_B, mask=token_B < num_queries, other=0)
+            gap_end_B = tl.load(gap_ends + token_B, mask=token_B < num_queries, other=0)
         begin, end = tl.min(first_B, 0) // BLOCK * BLOCK, tl.minimum(tl.max(last_B, 0) + 1, num_keys)
     row = tl.arange(0, BLOCK_QUERIES * HEADS)
     place_M = first_token.to(tl.int64) * HEADS + row
@@ -240,6 +258,8 @@ def _learn(
             key_N = column.to(tl.int64)
             place_BN = column[None, :]
             is_seen_BN = (column[None, :] <= last_B[:, None]) & (column[None, :] >= first_B[:, None]) & is_key[None, :]
+            if HAS_GAPS:
+                is_seen_BN &= (column[None, :] < gap_start_B[:, None]) | (column[None, :] >= gap_end_B[:, None])
         k_NI = tl.load(index_key + key_N[:, None] * key_row + dim[None, :], mask=is_key[:, None], other=0.0)
         d_BN = tl.load(differences + token_B.to(tl.int64)[:, None] * slab_row + place_BN, mask=is_seen_BN, other=0.0)
         s_MN = tl.dot(q_MI, tl.trans(k_NI), input_precision=PRECISION)
@@ -269,6 +289,8 @@ def _learn_keys(
     differences,
     positions,
     first_keys,
+    gap_starts,
+    gap_ends,
     begins,
     ends,
     key_gradient,
@@ -280,6 +302,7 @@ def _learn_keys(
     WIDTH: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient of a block of keys from all queries of a slab that see it, added to that of the slabs before."""
@@ -302,6 +325,10 @@ def _learn_keys(
             q_MI = tl.load(index_query + place_M[:, None] * WIDTH + dim[None, :], mask=is_row[:, None], other=0.0)
             gate_M = tl.load(gates + place_M, mask=is_row, other=0.0).to(tl.float32)
             is_seen_NB = (column[:, None] <= last_B[None, :]) & (column[:, None] >= first_B[None, :]) & is_key[:, None]
+            if HAS_GAPS:
+                gap_start_B = tl.load(gap_starts + token_B, mask=is_query, other=0)
+                gap_end_B = tl.load(gap_ends + token_B, mask=is_query, other=0)
+                is_seen_NB &= (column[:, None] < gap_start_B[None, :]) | (column[:, None] >= gap_end_B[None, :])
             place_NB = token_B.to(tl.int64)[None, :] * slab_row + column[:, None]
             d_NB = tl.load(differences + place_NB, mask=is_seen_NB, other=0.0)
             s_NM = tl.dot(k_NI, tl.trans(q_MI), input_precision=PRECISION)

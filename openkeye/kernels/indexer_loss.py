@@ -54,6 +54,7 @@ def dense_indexer_loss(
     lse_TH: Tensor | None = None,
     slab_bytes: int = SLAB_BYTES,
     teacher: str | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The warm-up's loss over all keys that a query sees: (sum of weights * KL, KL [T] float32 without gradient).
 
@@ -63,7 +64,7 @@ def dense_indexer_loss(
     Args:
         query_THD, key_SGD: attention's own, after rotary; they get no gradient.
         index_query_TJI, gates_TJ, index_key_SI: the indexer's; gates already scaled by I ** -0.5.
-        query_positions_T, first_keys_T: as in `attention_lse`.
+        query_positions_T, first_keys_T, gaps: as in `attention_lse`.
         weights_T: of each query in the loss, so that packing does not change it; None: 1 / T.
         lse_TH: `attention_lse` where the forward pass has it already.
         slab_bytes: bound on probabilities and scores that stand in memory at a time (at least one query's).
@@ -75,7 +76,7 @@ def dense_indexer_loss(
     check_indexer(index_query_TJI, gates_TJ, index_key_SI)
     with torch.no_grad():
         if lse_TH is None:
-            lse_TH = attention_lse(query_THD, key_SGD, query_positions_T, scale, first_keys_T)
+            lse_TH = attention_lse(query_THD, key_SGD, query_positions_T, scale, first_keys_T, gaps)
         first_keys = torch.zeros_like(query_positions_T) if first_keys_T is None else first_keys_T.to(query_positions_T.dtype)
         wants = _wants_gradients(index_query_TJI, gates_TJ, index_key_SI)
         gradients = IndexerGradients(index_query_TJI, gates_TJ, index_key_SI) if wants else None
@@ -89,10 +90,11 @@ def dense_indexer_loss(
             positions, first = query_positions_T[rows], first_keys[rows]
             trunk = (query_THD[rows], key_SGD, lse_TH[rows], scale)
             indexer = (index_query_TJI[rows], gates_TJ[rows], index_key_SI)
-            _fill_slab(trunk, indexer, positions, first, probabilities, scores, teacher)
-            _compare_rows(probabilities, scores, first, positions + 1, weights[rows], divergence[rows], wants)
+            its_gaps = None if gaps is None else (gaps[0][rows], gaps[1][rows])
+            _fill_slab(trunk, indexer, positions, first, probabilities, scores, teacher, its_gaps)
+            _compare_rows(probabilities, scores, first, positions + 1, weights[rows], divergence[rows], wants, its_gaps)
             if gradients is not None:
-                gradients.add_dense(probabilities, rows, positions, first)
+                gradients.add_dense(probabilities, rows, positions, first, its_gaps)
     return _attach(divergence, weights, gradients, index_query_TJI, gates_TJ, index_key_SI), divergence
 
 
@@ -169,9 +171,9 @@ def sparse_indexer_loss(
 class TeachingAttention(torch.autograd.Function):
     """`sparse_attention` whose backward pass also gives the indexer its gradient, from the probabilities that it makes anyway.
 
-    The indexer's gradient does not depend on the gradient that comes in: it is that of the sum of weights * KL ("sparse"
-    target), so that the weights must hold the loss's coefficient and, where losses are scaled, that scale too. The
-    divergences themselves, which nobody knows before the backward pass, are written into divergence_T.
+    Beside the output it returns the sum of weights * KL ("sparse" target) as a scalar whose value is 0, since nobody knows it
+    before the backward pass, and whose gradient is right: what comes in through it scales the indexer's gradients, and where
+    nothing comes in they are None. The divergences themselves are then written into divergence_T.
     """
 
     @staticmethod
@@ -188,24 +190,37 @@ class TeachingAttention(torch.autograd.Function):
         divergence_T: Tensor,
         scale: float,
         is_deterministic: bool,
-    ) -> Tensor:
-        """See `reference.sparse_attention`."""
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.sparse_attention`; the loss besides."""
         check_indexer(index_query_TJI, gates_TJ, index_key_SI)
         unions = build_unions(indices_TK, key_SGD.shape[0])
         output, lse = sparse_attention_with_lse(query_THD, key_SGD, value_SGD, indices_TK, scale, unions)
         lists = (unions.keys_NU, unions.masks_NU, unions.counts_N)
         ctx.save_for_backward(
-            query_THD, key_SGD, value_SGD, output, lse, index_query_TJI, gates_TJ, index_key_SI, weights_T, divergence_T, *lists
+            query_THD,
+            key_SGD,
+            value_SGD,
+            output,
+            lse,
+            index_query_TJI,
+            gates_TJ,
+            index_key_SI,
+            _weights(weights_T, gates_TJ),
+            *lists,
         )
+        ctx.set_materialize_grads(False)
+        # Not saved as the others are: it is written to, and no gradient is made from it.
+        ctx.divergence_T = divergence_T  # type: ignore[attr-defined]
         ctx.scale, ctx.top_k = scale, indices_TK.shape[1]  # type: ignore[attr-defined]
         ctx.is_deterministic = is_deterministic  # type: ignore[attr-defined]
-        return output
+        return output, torch.zeros((), dtype=torch.float32, device=output.device)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the trunk's and the indexer's three tensors, none for lists and settings."""
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        query, key, value, output, lse, index_query, gates, index_key, weights, divergence, *lists = saved
+        query, key, value, output, lse, index_query, gates, index_key, weights, *lists = saved
+        output_gradient, loss_gradient = gradients
         unions = Unions(*lists)
         made = sparse_attention_backward(
             query,
@@ -214,11 +229,16 @@ class TeachingAttention(torch.autograd.Function):
             unions,
             output,
             lse,
-            gradients[0],
+            torch.zeros_like(output) if output_gradient is None else output_gradient,
             ctx.scale,  # type: ignore[attr-defined]
             ctx.is_deterministic,  # type: ignore[attr-defined]
-            top_k=ctx.top_k,  # type: ignore[attr-defined]
+            top_k=None if loss_gradient is None else ctx.top_k,  # type: ignore[attr-defined]
         )
+        trunk: tuple[Tensor | None, ...] = (None, None, None)
+        if output_gradient is not None:
+            trunk = (made.query_THD, made.key_SGD.to(key.dtype), made.value_SGD.to(value.dtype))
+        if loss_gradient is None:
+            return (*trunk, *[None] * 8)
         assert made.probabilities_TK is not None
         its_divergence, its = _learn_selected(
             made.probabilities_TK,
@@ -230,10 +250,10 @@ class TeachingAttention(torch.autograd.Function):
             ctx.is_deterministic,  # type: ignore[attr-defined]
             True,
         )
-        divergence.copy_(its_divergence)
+        ctx.divergence_T.copy_(its_divergence)  # type: ignore[attr-defined]
         assert its is not None
-        trunk = (made.query_THD, made.key_SGD.to(key.dtype), made.value_SGD.to(value.dtype))
-        return (*trunk, *its.tensors(), None, None, None, None, None)
+        indexer = ((tensor * loss_gradient).to(tensor.dtype) for tensor in its.tensors())
+        return (*trunk, *indexer, *[None] * 5)
 
 
 class _Carry(torch.autograd.Function):
@@ -281,6 +301,7 @@ def _fill_slab(
     probabilities_RS: Tensor,
     scores_RS: Tensor,
     teacher: str | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Attention's mean probabilities and the indexer's scores of a slab of queries, in every tile with a visible pair."""
     query, key, lse, scale = trunk
@@ -294,6 +315,7 @@ def _fill_slab(
         lse.contiguous(),
         positions_R,
         first_keys_R,
+        *(gaps or (positions_R, positions_R)),
         index_query.contiguous(),
         gates.contiguous(),
         index_key,
@@ -313,6 +335,7 @@ def _fill_slab(
         INDEX_WIDTH=index_query.shape[2],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         INDEX_PRECISION="ieee" if index_query.dtype == torch.float32 else "tf32",
+        HAS_GAPS=gaps is not None,
         **constants,
     )
 
@@ -325,6 +348,7 @@ def _compare_rows(
     weights_R: Tensor,
     divergence_R: Tensor,
     writes: bool,
+    gaps: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """The divergence of each row between its begin and end and, in the probabilities' place, its gradient for the scores."""
     _compare[(weights_R.shape[0],)](
@@ -332,10 +356,12 @@ def _compare_rows(
         scores,
         ends_R if begins_R is None else begins_R,
         ends_R,
+        *(gaps or (ends_R, ends_R)),
         weights_R,
         divergence_R,
         probabilities.stride(0),
         HAS_BEGINS=begins_R is not None,
+        HAS_GAPS=gaps is not None,
         WRITES=writes,
         BLOCK=2048,
         num_warps=8,
@@ -397,6 +423,8 @@ def _teach(
     lse,
     positions,
     first_keys,
+    gap_starts,
+    gap_ends,
     index_query,
     gates,
     index_key,
@@ -418,6 +446,7 @@ def _teach(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX_PRECISION: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
 ):
     """A tile of pairs: one head after the other, so that sums over heads stay where the products come out."""
     first_column = tl.program_id(0) * BLOCK
@@ -442,6 +471,10 @@ def _teach(
                 s_QN = tl.dot(q_QD, tl.trans(k_ND), input_precision=PRECISION)
                 p_QN += tl.exp2(s_QN * scale_log2 - lse_Q[:, None])
         is_visible = (column[None, :] <= last_Q[:, None]) & (column[None, :] >= first_Q[:, None]) & is_key[None, :]
+        if HAS_GAPS:
+            gap_start_Q = tl.load(gap_starts + token, mask=is_query, other=0)
+            gap_end_Q = tl.load(gap_ends + token, mask=is_query, other=0)
+            is_visible &= (column[None, :] < gap_start_Q[:, None]) | (column[None, :] >= gap_end_Q[:, None])
         place_QN = wide_token[:, None] * slab_row + column[None, :]
         tl.store(probabilities + place_QN, p_QN * (1.0 / HEADS), mask=is_visible)
         index_dim = tl.arange(0, INDEX_WIDTH)
@@ -462,10 +495,13 @@ def _compare(
     scores,
     begins,
     ends,
+    gap_starts,
+    gap_ends,
     weights,
     divergence,
     slab_row,
     HAS_BEGINS: tl.constexpr,
+    HAS_GAPS: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -474,6 +510,9 @@ def _compare(
     begin = 0
     if HAS_BEGINS:
         begin = tl.load(begins + row).to(tl.int32)
+    gap_start, gap_end = end, end
+    if HAS_GAPS:
+        gap_start, gap_end = tl.load(gap_starts + row).to(tl.int32), tl.load(gap_ends + row).to(tl.int32)
     probabilities += row * slab_row
     scores += row * slab_row
     # Every lane keeps its own sums, which meet once at the end.
@@ -485,7 +524,7 @@ def _compare(
     first = begin // BLOCK * BLOCK
     for start in range(first, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        is_seen = (column >= begin) & (column < end)
+        is_seen = (column >= begin) & (column < end) & ((column < gap_start) | (column >= gap_end))
         p_N = tl.load(probabilities + column, mask=is_seen, other=0.0)
         i_N = tl.load(scores + column, mask=is_seen, other=float("-inf"))
         new_top_N = tl.maximum(top_N, i_N)
@@ -508,7 +547,7 @@ def _compare(
         weight = tl.where(has_target, tl.load(weights + row), 0.0)
         for start in range(first, end, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            is_seen = (column >= begin) & (column < end)
+            is_seen = (column >= begin) & (column < end) & ((column < gap_start) | (column >= gap_end))
             p_N = tl.load(probabilities + column, mask=is_seen, other=0.0)
             i_N = tl.load(scores + column, mask=is_seen, other=0.0)
             tl.store(probabilities + column, weight * (tl.exp(i_N - lse) - p_N / mass), mask=is_seen)

@@ -35,11 +35,17 @@ def indexer_select(
     key_scales_S: Tensor | None = None,
     page_table_P: Tensor | None = None,
     page_size: int = 64,
+    gaps: tuple[Tensor, Tensor] | None = None,
+    max_visible: int | None = None,
 ) -> Tensor:
     """See `reference.indexer_select`; the host waits for nothing.
 
     The fused kernel reads pages where it arranges the keys; for the others keys of a paged context are gathered first. Scratch
     is 256 MiB unless said.
+
+    Args:
+        gaps: starts and ends [T] of keys that a query does not see, of the positions' dtype and equal where it sees all.
+        max_visible: keys that the query with the longest view sees, so that rows of scores are no longer; None: all keys.
 
     Raises:
         ValueError: shapes or dtypes that no kernel serves, or a page table that does not fit the cache.
@@ -51,14 +57,15 @@ def indexer_select(
         gates_TJ = gates_TJ * query_scales_TJ
     check_supported(query_TJI, key_SI, key_scales_S)
     budget = max_scratch_bytes or SCRATCH_BYTES
-    if key_scales_S is not None and query_TJI.shape[1:] == (FUSED_HEADS, FUSED_WIDTH):
+    if key_scales_S is not None and gaps is None and query_TJI.shape[1:] == (FUSED_HEADS, FUSED_WIDTH):
         library = _fused_library()
         if library is not None and k <= library.indexer_select_max_k():
             bounds = (query_positions_T, budget, first_keys_T)
             return _select_fused(library, query_TJI, gates_TJ, key_SI, k, *bounds, key_scales_S, page_table_P, page_size)
     if page_table_P is not None:
         key_SI, key_scales_S = in_page_order(key_SI, key_scales_S, page_table_P, page_size)
-    return select_by_slabs(query_TJI, gates_TJ, key_SI, k, query_positions_T, budget, first_keys_T, key_scales_S)
+    bounds = (query_positions_T, budget, first_keys_T)
+    return select_by_slabs(query_TJI, gates_TJ, key_SI, k, *bounds, key_scales_S, gaps, max_visible)
 
 
 def select_by_slabs(
@@ -70,22 +77,35 @@ def select_by_slabs(
     max_scratch_bytes: int = SCRATCH_BYTES,
     first_keys_T: Tensor | None = None,
     key_scales_S: Tensor | None = None,
+    gaps: tuple[Tensor, Tensor] | None = None,
+    max_visible: int | None = None,
 ) -> Tensor:
     """Scores of as many queries as fit the scratch (at least 16), then their top k; queries as `index_scores` takes them."""
-    num_queries, num_keys = query_TJI.shape[0], key_SI.shape[0]
-    slab = min(num_queries, max(16, max_scratch_bytes // (4 * max(1, num_keys))))
-    scores = torch.empty(slab, num_keys, dtype=torch.float32, device=key_SI.device)
+    num_queries, num_columns = query_TJI.shape[0], max_visible or key_SI.shape[0]
+    slab = min(num_queries, max(16, max_scratch_bytes // (4 * max(1, num_columns))))
+    scores = torch.empty(slab, num_columns, dtype=torch.float32, device=key_SI.device)
     picked = []
     for start in range(0, num_queries, slab):
         part = slice(start, start + slab)
         positions = query_positions_T[part]
         first = None if first_keys_T is None else first_keys_T[part].to(positions.dtype)
         rows = scores[: positions.shape[0]]
-        index_scores(query_TJI[part], gates_TJ[part], key_SI, positions, rows, first, key_scales_S, k)
+        its_gaps = None if gaps is None else (gaps[0][part], gaps[1][part])
+        index_scores(query_TJI[part], gates_TJ[part], key_SI, positions, rows, first, key_scales_S, k, its_gaps)
         num_visible = positions + 1 if first is None else positions + 1 - first
-        columns = top_k_positions(rows, k, num_visible)
-        picked.append(columns if first is None else torch.where(columns < 0, -1, columns + first[:, None].int()))
+        if its_gaps is not None:
+            num_visible = num_visible - (its_gaps[1] - its_gaps[0])
+        picked.append(_to_keys(top_k_positions(rows, k, num_visible), first, its_gaps))
     return torch.cat(picked)
+
+
+def _to_keys(columns_RK: Tensor, first_R: Tensor | None, gaps: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The keys that columns stand for: the c-th that a query sees from its first on."""
+    keys = columns_RK if first_R is None else columns_RK + first_R[:, None].int()
+    if gaps is not None:
+        start, end = (x[:, None].int() for x in gaps)
+        keys = torch.where((keys < start) | (start == end), keys, keys + (end - start))
+    return keys if keys is columns_RK else torch.where(columns_RK < 0, -1, keys)
 
 
 @functools.cache

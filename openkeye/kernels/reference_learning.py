@@ -38,12 +38,34 @@ def dense_indexer_loss(
     is_visible_TS = columns <= query_positions_T[:, None]
     if first_keys_T is not None:
         is_visible_TS &= columns >= first_keys_T[:, None]
-    keys_HDS = widen(key_SGD.detach()).repeat_interleave(query_THD.shape[1] // key_SGD.shape[1], dim=1).permute(1, 2, 0)
-    target_TS = torch.zeros(is_visible_TS.shape, dtype=keys_HDS.dtype, device=key_SGD.device)
-    for head, keys_DS in enumerate(keys_HDS):
-        logits = (widen(query_THD[:, head].detach()) @ keys_DS * scale).masked_fill(~is_visible_TS, -torch.inf)
-        target_TS += logits.softmax(dim=1)
+    return masked_indexer_loss(query_THD, key_SGD, index_query_TJI, gates_TJ, index_key_SI, is_visible_TS, scale, weights_T)
+
+
+def masked_indexer_loss(
+    query_THD: Tensor,
+    key_SGD: Tensor,
+    index_query_TJI: Tensor,
+    gates_TJ: Tensor,
+    index_key_SI: Tensor,
+    is_visible_TS: Tensor,
+    scale: float,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`dense_indexer_loss` with what each query sees as a mask; a row that sees nothing gives 0."""
+    target_TS = mean_probabilities(query_THD, key_SGD, is_visible_TS, scale)
     return _weighted(_divergence(target_TS, index_scores(index_query_TJI, gates_TJ, index_key_SI), is_visible_TS), weights_T)
+
+
+@torch.no_grad()
+def mean_probabilities(query_THD: Tensor, key_SGD: Tensor, is_visible_TS: Tensor, scale: float) -> Tensor:
+    """Attention's probabilities, mean over heads, [T, S]; zeros where a query sees nothing."""
+    num_heads = query_THD.shape[1]
+    keys_HDS = widen(key_SGD).repeat_interleave(num_heads // key_SGD.shape[1], dim=1).permute(1, 2, 0)
+    total_TS = torch.zeros(is_visible_TS.shape, dtype=keys_HDS.dtype, device=key_SGD.device)
+    for head, keys_DS in enumerate(keys_HDS):
+        logits = (widen(query_THD[:, head]) @ keys_DS * scale).masked_fill(~is_visible_TS, -torch.inf)
+        total_TS += logits.softmax(dim=1).nan_to_num(nan=0.0)
+    return total_TS / num_heads
 
 
 def selected_probabilities(

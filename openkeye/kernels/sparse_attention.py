@@ -20,7 +20,8 @@ from torch import Tensor
 from openkeye.kernels.build import check_launch, cuda_library
 from openkeye.kernels.unions import TILE, Unions, build_unions
 
-WIDTHS = (64, 128)
+WIDTHS = (16, 32, 64, 128)
+CUDA_WIDTHS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEADS = 8
 # of a group in one program: with 16 queries they fill the matrix unit's 128 rows
@@ -187,6 +188,7 @@ def can_serve_in_cuda(call: Call) -> bool:
     return (
         call.query_THD.is_cuda
         and call.query_THD.dtype in (torch.bfloat16, torch.float16)
+        and call.query_THD.shape[2] in CUDA_WIDTHS
         and call.group >= CUDA_LEAST_GROUP
         and call.page_size & (call.page_size - 1) == 0
         and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -203,13 +203,14 @@ def test_attention_teaches_on_its_way_back(device):
     tensors = indexer(37, 70, 4, 16, device)
     weights, divergence = draw((37,), device, torch.float32, 8).abs(), torch.empty(37, device=device)
     mine = leaves([query, key, value, *tensors])
-    output = TeachingAttention.apply(*mine, indices, weights, divergence, SCALE, True)
-    output.backward(gradient)
+    output, placeholder = TeachingAttention.apply(*mine, indices, weights, divergence, SCALE, True)
+    assert placeholder == 0.0
+    ((output * gradient).sum() + 3 * placeholder).backward()
     other = leaves([query, key, value, *tensors], torch.float64)
     expected = reference.sparse_attention(*other[:3], indices, SCALE)
     target = reference_learning.selected_probabilities(other[0], other[1], indices, SCALE)
     loss, its_divergence = reference_learning.sparse_indexer_loss(target, *other[3:], indices, weights.double())
-    ((expected * gradient).sum() + loss).backward()
+    ((expected * gradient).sum() + 3 * loss).backward()
     assert_close(output.detach(), expected.detach())
     assert_close(divergence, its_divergence)
     for leaf, its in zip(mine, other, strict=True):

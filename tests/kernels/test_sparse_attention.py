@@ -52,7 +52,10 @@ def draw(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (4, 4, 64), (9, 3, 64), (16, 1, 64), (8, 2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"),
+    [(8, 1, 64), (4, 4, 64), (9, 3, 64), (16, 1, 64), (8, 2, 128), (8, 2, 32), (9, 3, 32), (4, 1, 16)],
+)
 @pytest.mark.parametrize("num_queries", [1, 15, 33])
 def test_attention_equals_its_twin(device, heads, groups, width, num_queries):
     query = draw((num_queries, heads, width), device, torch.float32, 1)
@@ -69,7 +72,7 @@ def test_attention_equals_its_twin(device, heads, groups, width, num_queries):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (9, 3, 64), (20, 1, 64), (8, 2, 128)])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (9, 3, 64), (20, 1, 64), (8, 2, 128), (8, 2, 32)])
 def test_tiles_that_share_little_are_served_query_by_query(device, monkeypatch, share, heads, groups, width):
     monkeypatch.setattr(module, "TRITON_SHARE", share)
     monkeypatch.setattr(module, "CUDA_SHARE", share)
@@ -179,7 +182,7 @@ def test_what_no_list_names_is_never_touched(device):
 
 def test_unsupported_tensors_are_refused_in_one_sentence(device):
     indices = torch.zeros(4, 2, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="heads of 64 or 128"):
+    with pytest.raises(ValueError, match="heads of 16 or 32 or 64 or 128"):
         sparse_attention(*(torch.zeros(4, 2, 48, device=device),) * 3, indices, 1.0)
     with pytest.raises(ValueError, match="same number of query heads"):
         sparse_attention(torch.zeros(4, 5, 64, device=device), *(torch.zeros(4, 2, 64, device=device),) * 2, indices, 1.0)

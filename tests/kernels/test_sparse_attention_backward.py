@@ -56,7 +56,10 @@ def expected_probabilities(tensors: tuple[Tensor, ...], scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (9, 3, 64), (16, 1, 64), (4, 4, 64), (8, 2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"),
+    [(8, 1, 64), (9, 3, 64), (16, 1, 64), (4, 4, 64), (8, 2, 128), (8, 2, 32), (9, 3, 32), (4, 1, 16)],
+)
 @pytest.mark.parametrize("num_queries", [1, 33])
 def test_gradients_equal_those_of_the_twin(device, heads, groups, width, num_queries, is_deterministic):
     tensors = case(heads, groups, width, num_queries, device)

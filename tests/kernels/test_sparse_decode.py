@@ -210,3 +210,16 @@ def test_a_captured_step_serves_other_lengths_and_page_tables(is_fp8):
         assert torch.equal(output, eager)
         expected = expected_step(queries, caches, table, lengths, 40)
         torch.testing.assert_close(output, expected, atol=5e-2 if is_fp8 else 1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 32), (4, 1, 16), (9, 3, 32)])
+def test_narrow_heads_equal_their_twin(device, heads, groups, width, is_fp8):
+    query, key, value, lists, table = paged_case([70, 0, 200], 96, heads, groups, device, width)
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    if is_fp8:
+        (key, key_scales), (value, value_scales) = quantized(key), quantized(value)
+        scales = (key_scales, value_scales)
+    output = sparse_decode(query, key, value, lists, 0.1, table, PAGE, *scales)
+    expected = reference.sparse_decode(query, key, value, lists, 0.1, table, PAGE, *scales)
+    torch.testing.assert_close(output, expected, atol=2e-5 if is_fp8 else 2e-6, rtol=1e-4)

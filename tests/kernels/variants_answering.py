@@ -53,28 +53,39 @@ def attending() -> list[Variant]:
     add(halves, heads=64, group=16, width=128, page_size=64)
     add(halves, heads=32, group=4, width=128, page_size=0)
     add(halves, heads=9, group=3, width=64, page_size=0)
+    add(halves, heads=8, group=4, width=32, page_size=0)
+    add(halves, heads=8, group=4, width=16, page_size=64)
     add(floats, heads=32, group=8, width=128, page_size=0)
+    add(floats, heads=8, group=4, width=32, page_size=0)
     ints = dict.fromkeys(("indices", "marks", "keys", "masks", "counts"), "i32")
     listed.append(make(unions._mark, ints, {"TILE": 16, "BLOCK": unions.MARK_BLOCK}))
     listed.append(make(unions._collect, ints, {"BLOCK": unions.SCAN_BLOCK}))
     shape = {"TILE": 16, "HEADS": 32, "GROUPS": 4, "GROUP": 8, "BLOCK_HEADS": 8, "WIDTH": 128, "PRECISION": "tf32"}
     shape |= {"HAS_FIRST": True, "BLOCK": attention_lse.BLOCK}
-    pointers = halves | {"positions": "i64", "first_keys": "i64"}
-    listed.append(make(attention_lse._attention_lse, pointers, shape, 8, num_stages=3))
+    pointers = halves | dict.fromkeys(("positions", "first_keys", "gap_starts", "gap_ends"), "i64")
+    listed.append(make(attention_lse._attention_lse, pointers, shape | {"HAS_GAPS": False}, 8, num_stages=3))
+    pointers = halves | dict.fromkeys(("positions", "first_keys", "gap_starts", "gap_ends"), "i32")
+    for heads, groups, width in ((8, 2, 32), (9, 3, 64)):
+        own = shape | {"HEADS": heads, "GROUPS": groups, "GROUP": heads // groups, "BLOCK_HEADS": 4, "WIDTH": width}
+        listed.append(make(attention_lse._attention_lse, pointers, own | {"HAS_GAPS": True}, 4, num_stages=3))
     return listed
 
 
 def selecting(capability: int) -> list[Variant]:
     """The indexer's scores in bfloat16, in e4m3 with and without a GPU's own, and the top k of them."""
     score = {"query": "bf16", "gates": "f32", "key": "bf16", "scales": "f32", "positions": "i64", "firsts": "i64", "out": "f32"}
+    score |= {"gap_starts": "i64", "gap_ends": "i64"}
     constants = {"HEADS": 16, "WIDTH": 64, "BLOCK_QUERIES": 8, "KEY_BLOCK": index_scores.KEY_BLOCK, "PRECISION": "tf32"}
     listed = []
     for is_e4m3, has_fp8 in ((False, False), (True, False), (True, True)):
         if has_fp8 and capability < 89:
             continue
         codes = dict.fromkeys(("query", "key"), "u8" if is_e4m3 else "bf16")
-        flags = {"IS_E4M3": is_e4m3, "HAS_FP8": has_fp8, "HAS_FIRST": is_e4m3}
+        flags = {"IS_E4M3": is_e4m3, "HAS_FP8": has_fp8, "HAS_FIRST": is_e4m3, "HAS_GAPS": False}
         listed.append(make(index_scores._score, score | codes, constants | flags, 8, num_stages=2))
+        packed = dict.fromkeys(("positions", "firsts", "gap_starts", "gap_ends"), "i32")
+        flags = flags | {"HEADS": 4, "WIDTH": 32, "BLOCK_QUERIES": 32, "HAS_FIRST": True, "HAS_GAPS": True}
+        listed.append(make(index_scores._score, score | codes | packed, constants | flags, 8, num_stages=2))
     select = {"scores": "f32", "num_valid": "i64", "indices": "i32", "kept": "i32"}
     listed.append(make(top_k._select, select, {"BLOCK": top_k.BLOCK, "CAPACITY": top_k.CAPACITY}, 8))
     return listed
@@ -124,6 +135,11 @@ def decoding(capability: int) -> list[Variant]:
             shape |= {"TOGETHER": plan.num_groups, "BLOCK": plan.block, "ROWS": max(16, 8 * plan.num_groups)}
             shape |= {"MERGED": 8 * plan.num_groups}
             listed.append(make(sparse_decode._decode, pointers, shape | flags, plan.num_warps, num_stages=plan.num_stages))
+        plan = sparse_decode.decode_plan(1, 8, torch.empty(0, 2, 32, dtype=dtype), 192)
+        shape |= {"HEADS": 8, "GROUP": 4, "GROUPS": 2, "WIDTH": 32, "NUM_SPLITS": 2, "PADDED_SPLITS": 2, "UNROLLED": 2}
+        shape |= {"TOGETHER": plan.num_groups, "BLOCK": plan.block, "ROWS": max(16, 4 * plan.num_groups)}
+        shape |= {"MERGED": 4 * plan.num_groups}
+        listed.append(make(sparse_decode._decode, pointers, shape | flags, plan.num_warps, num_stages=plan.num_stages))
     return listed + reading_and_routing()
 
 

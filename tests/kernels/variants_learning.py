@@ -17,6 +17,9 @@ from openkeye.kernels import (
 from openkeye.kernels.expert_products import Tiles
 from tests.kernels.variant import Variant, make
 
+PACKED_SHAPES = ((8, 2, 32), (9, 3, 64), (8, 2, 16))
+# query heads, KV heads and their width: those of the small models that train in packs
+
 
 def variants(capability: int) -> list[Variant]:
     """All of these, for a compute capability times ten."""
@@ -31,6 +34,7 @@ def learning(is_hopper: bool) -> list[Variant]:
     read = dict.fromkeys(halves, "bf16") | dict.fromkeys(lists, "i32") | dict.fromkeys(sums, "f32")
     read |= dict.fromkeys(("gates", "probabilities", "scores", "weights", "divergence"), "f32")
     read |= dict.fromkeys(("positions", "first_keys", "begins", "ends", "first_rows", "first_tiles"), "i64")
+    read |= dict.fromkeys(("gap_starts", "gap_ends"), "i32")
     shape = {"TILE": 16, "HEADS": 32, "GROUPS": 4, "GROUP": 8, "BLOCK_HEADS": 8, "WIDTH": 128, "PRECISION": "tf32"}
     index = {"HEADS": 16, "WIDTH": 64, "TILE": 16, "BLOCK_QUERIES": 8, "PRECISION": "tf32"}
     schedules, teachers = sparse_attention_backward.SCHEDULES, indexer_loss.TEACHERS
@@ -54,13 +58,42 @@ def learning(is_hopper: bool) -> list[Variant]:
     for name in ("64 x 128", "64 x 64") if is_hopper else ("64 x 64",):
         both = {"INDEX_HEADS": 16, "INDEX_WIDTH": 64, "INDEX_PRECISION": "tf32"} | teachers[name]
         options = {option: both[option] for option in ("num_warps", "num_stages")}
-        listed.append(make(indexer_loss._teach, read, shape | both, **options))
-    listed.append(make(indexer_loss._compare, read, {"HAS_BEGINS": True, "WRITES": True, "BLOCK": 2048}, 8))
+        listed.append(make(indexer_loss._teach, read, shape | both | {"HAS_GAPS": False}, **options))
+        for heads, groups, width in PACKED_SHAPES:
+            own = shape | both | {"HEADS": heads, "GROUP": heads // groups, "WIDTH": width, "HAS_GAPS": True}
+            listed.append(make(indexer_loss._teach, read, own | {"INDEX_HEADS": 4, "INDEX_WIDTH": 32}, **options))
+    for has_gaps in (False, True):
+        flags = {"HAS_BEGINS": True, "WRITES": True, "HAS_GAPS": has_gaps, "BLOCK": 2048}
+        listed.append(make(indexer_loss._compare, read, flags, 8))
     listed.append(make(indexer_loss._score_selected, read, index | {"BLOCK": 128}, 8, num_stages=3))
     for is_selected, keeps_parts in ((False, False), (True, False), (True, True)):
         flags = {"IS_SELECTED": is_selected, "KEEPS_PARTS": keeps_parts, "BLOCK": indexer_gradients.KEY_BLOCK}
-        listed.append(make(indexer_gradients._learn, read, index | flags, 8, num_stages=2))
-    listed.append(make(indexer_gradients._learn_keys, read, index | {"BLOCK": indexer_gradients.KEY_BLOCK}))
+        listed.append(make(indexer_gradients._learn, read, index | flags | {"HAS_GAPS": False}, 8, num_stages=2))
+    small = {"HEADS": 4, "WIDTH": 32, "BLOCK_QUERIES": 32, "BLOCK": indexer_gradients.KEY_BLOCK, "HAS_GAPS": True}
+    listed.append(make(indexer_gradients._learn, read, index | small | {"IS_SELECTED": False, "KEEPS_PARTS": False}, 8))
+    for constants in (index | {"BLOCK": indexer_gradients.KEY_BLOCK, "HAS_GAPS": False}, index | small):
+        listed.append(make(indexer_gradients._learn_keys, read, constants, num_stages=5))
+    return listed + packed_learning(read, is_hopper)
+
+
+def packed_learning(read: dict[str, str], is_hopper: bool) -> list[Variant]:
+    """Gradients of selected attention and its probabilities at the shapes that train in packs."""
+    listed = []
+    for heads, groups, width in PACKED_SHAPES:
+        shape = {"HEADS": heads, "GROUPS": groups, "GROUP": heads // groups, "BLOCK_HEADS": 4, "WIDTH": width}
+        shape |= {"TILE": 16, "NUM_BLOCKS": groups, "PRECISION": "tf32"}
+        listed.append(make(sparse_attention_backward._prepare, read, shape))
+        listed.append(make(sparse_attention_backward._sum_probabilities, read, shape | {"BLOCK": 64}, 4, num_stages=2))
+        for launch in sparse_attention_backward.SCHEDULES["rows 64" if is_hopper else "rows 32"]:
+            flags = {
+                "MAKES_QUERIES": True,
+                "MAKES_KEYS": True,
+                "MAKES_SUMS": True,
+                "KEYS_ARE_ROWS": False,
+                "BLOCK": launch.block,
+            }
+            constants = shape | flags | {"KEEPS_PARTS": False}
+            listed.append(make(sparse_attention_backward._attend_backward, read, constants, 4, num_stages=launch.num_stages))
     return listed
 
 
