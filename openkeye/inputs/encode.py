@@ -26,7 +26,9 @@ from openkeye.inputs.video_scan import VideoScan, scan_video
 
 
 @dataclass(frozen=True)
-class _SizedImage:
+class SizedImage:
+    """A still image whose size is known from its header."""
+
     image: str | Path | bytes | PIL.Image.Image
     limits: ImageLimits
     height: int
@@ -39,7 +41,7 @@ class _SizedImage:
         return image_pixels(image, *image_size(image.height, image.width, self.limits, source_of(self.image)))
 
 
-_SizedMedia = _SizedImage | VideoRequest | Frames
+SizedMedia = SizedImage | VideoRequest | Frames
 # Media whose token count is known; only Frames are decoded already.
 
 
@@ -61,18 +63,18 @@ def lay_out(
     """
     plain_messages, parts = split_messages(messages)
     limits = replace(video_limits or processor.video_limits, factor=processor.image_limits.factor)
-    sized = _size_media(parts, processor, limits)
+    sized = size_media(parts, processor, limits)
     pieces = processor.template.render(plain_messages, add_generation_prompt, **template_options)
     template_ids = [
         token
         for text, is_prose in pieces
         for token in (processor.encode_text(text) if is_prose else processor.tokenizer.encode_template(text))
     ]
-    _check_placeholders(template_ids, parts, processor)
-    expected = sum(_num_tokens(item, processor) for item in sized) + len(template_ids) - len(sized)
+    check_placeholders(template_ids, parts, processor)
+    expected = sum(num_tokens_of(item, processor) for item in sized) + len(template_ids) - len(sized)
     _check_length(expected, num_reserved_tokens, max_tokens, sized, processor)
-    media = [item.pixels() if isinstance(item, _SizedImage) else item for item in sized]
-    return _assemble(template_ids, media, processor, "".join(text for text, _ in pieces))
+    media = [item.pixels() if isinstance(item, SizedImage) else item for item in sized]
+    return assemble(template_ids, media, processor, "".join(text for text, _ in pieces))
 
 
 def encode(
@@ -87,7 +89,7 @@ def encode(
     media = list(_decode(prompt.media, on_progress))
     if any(isinstance(item, VideoRequest) for item in prompt.media):
         # Where frames are missing, so are their tokens.
-        prompt = _assemble(prompt.template_ids, media, processor, prompt.text)
+        prompt = assemble(prompt.template_ids, media, processor, prompt.text)
     pixels = [item.pixels if isinstance(item, Frames) else item[None] for item in media]
     patches = [patches_from_pixels(pixels_NHWC, processor.patch_size) for pixels_NHWC in pixels]
     kinds = [(isinstance(item, Frames), part) for item, part in zip(media, patches, strict=True)]
@@ -102,14 +104,19 @@ def encode(
     )
 
 
-def _size_media(parts: list[MediaPart], processor: Processor, video_limits: VideoLimits) -> list[_SizedMedia]:
+def size_media(parts: Sequence[MediaPart], processor: Processor, video_limits: VideoLimits) -> list[SizedMedia]:
+    """Sizes and frame times of media, which share the budget of `video_limits`; nothing but lists of pictures is decoded.
+
+    Raises:
+        InputError: a medium that cannot be read.
+    """
     num_videos = sum(part.kind == "video" for part in parts)
-    sized: list[_SizedMedia] = []
+    sized: list[SizedMedia] = []
     for part in parts:
         if part.kind == "image":
             limits = _image_limits(processor.image_limits, part.options)
             sized.append(
-                _SizedImage(part.content, limits, *image_size(*stated_size(part.content), limits, source_of(part.content)))
+                SizedImage(part.content, limits, *image_size(*stated_size(part.content), limits, source_of(part.content)))
             )
         else:
             sized.append(_size_video(part, video_limits, num_videos))
@@ -175,7 +182,8 @@ def _frames_of_pictures(pictures: Sequence[Any], fps: float | None, limits: Vide
     return Frames(pixels, times, "list of pictures", len(pictures) / fps)
 
 
-def _check_placeholders(template_ids: list[int], parts: list[MediaPart], processor: Processor) -> None:
+def check_placeholders(template_ids: Sequence[int], parts: Sequence[MediaPart], processor: Processor) -> None:
+    """InputError unless the template placed as many pictures and videos as the messages hold."""
     for kind, token in (("image", processor.image_token_id), ("video", processor.video_token_id)):
         num_given, num_placed = sum(part.kind == kind for part in parts), template_ids.count(token)
         if num_given != num_placed:
@@ -185,10 +193,10 @@ def _check_placeholders(template_ids: list[int], parts: list[MediaPart], process
             )
 
 
-def _num_tokens(item: _SizedMedia, processor: Processor) -> int:
+def num_tokens_of(item: SizedMedia, processor: Processor) -> int:
     """Tokens that stand for one medium, before it is decoded."""
     area = processor.image_limits.factor**2
-    if isinstance(item, _SizedImage):
+    if isinstance(item, SizedImage):
         return item.height * item.width // area
     if isinstance(item, Frames):
         tokens_per_frame = item.pixels.shape[1] * item.pixels.shape[2] // area
@@ -198,13 +206,13 @@ def _num_tokens(item: _SizedMedia, processor: Processor) -> int:
 
 
 def _check_length(
-    num_tokens: int, num_reserved: int, max_tokens: int | None, media: list[_SizedMedia], processor: Processor
+    num_tokens: int, num_reserved: int, max_tokens: int | None, media: list[SizedMedia], processor: Processor
 ) -> None:
     what = "the context" if max_tokens in (None, processor.max_tokens) else "the engine's cache"
     max_tokens = max_tokens or processor.max_tokens
     if max_tokens is None or num_tokens + num_reserved <= max_tokens:
         return
-    num_media = sum(_num_tokens(item, processor) for item in media)
+    num_media = sum(num_tokens_of(item, processor) for item in media)
     mend = "shorten the text"
     if num_tokens <= max_tokens < 2 * num_reserved:
         mend = f"ask for at most {max_tokens - num_tokens:,} tokens of answer"
@@ -230,8 +238,8 @@ def _decode(media: Sequence[Medium], on_progress: Progress | None) -> Iterator[n
             num_done += len(item.frame_numbers)
 
 
-def _assemble(template_ids: Sequence[int], media: Sequence[Medium], processor: Processor, text: str) -> Prompt:
-    """Put every medium's tokens in its placeholder's place."""
+def assemble(template_ids: Sequence[int], media: Sequence[Medium], processor: Processor, text: str) -> Prompt:
+    """Put every medium's tokens in its placeholder's place. `text`: what the ids were made of."""
     ids: list[int] = []
     pictures: list[Picture] = []
     grids: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}

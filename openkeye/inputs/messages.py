@@ -102,10 +102,11 @@ def _media_part(part: Mapping[str, Any], kind: str, number: int) -> MediaPart:
         raise InputError(f"message {number}: a part of type {kind} without {kind}; give a path, a data URL or the content")
     kind = kind.removesuffix("_url")
     known: Mapping[str, Any] = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
-    return MediaPart(kind, content, _checked_options(options, known, kind))
+    return MediaPart(kind, content, checked_options(options, known, kind))
 
 
-def _checked_options(options: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Options under their own names and of their types (VIDEO_OPTIONS or IMAGE_OPTIONS); InputError for any other."""
     checked = {}
     for key, value in options.items():
         name = SYNONYMS.get(key, key)

@@ -73,7 +73,8 @@ class ChatTemplate:
             text = self._template.render(
                 messages=quoted_messages, add_generation_prompt=add_generation_prompt, **{**self._extra, **quoted_options}
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
+            # (a TypeError: fields of another type than the template adds up)
             raise InputError(f"the chat template refuses these messages: {error}") from error
         pieces: list[tuple[str, bool]] = []
         for number, piece in enumerate(re.split(f"{MARK_START}(\\d+){MARK_END}", text)):

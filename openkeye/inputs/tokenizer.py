@@ -1,6 +1,7 @@
 """Text to token ids and back, with a strict line between a template's special tokens and the same characters in prose."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,9 @@ class TextTokenizer:
         special = {token.content for token in added.values() if token.special}
         present = {token.content for token in added.values()}
         self.special_tokens: frozenset[str] = frozenset(special | (present & set(STRUCTURE_TOKENS)))
+        # Before a token that swallows the space in front of it, a text cannot be cut.
+        cuts = [re.escape(token.content) for token in added.values() if token.special and not token.lstrip]
+        self._cuts = re.compile(f"(?={'|'.join(cuts)})") if cuts else None
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
@@ -53,6 +57,10 @@ class TextTokenizer:
     def encode_template(self, text: str) -> list[int]:
         """Ids of text from a template: special tokens are parsed."""
         return self._template_reader.encode(text, add_special_tokens=False).ids
+
+    def cut_template(self, text: str) -> list[str]:
+        """Parts of a template's text, from special token to special token: their ids in a row are those of the whole."""
+        return [part for part in self._cuts.split(text) if part] if self._cuts else [text]
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a user's text: `<|image_pad|>` and its like stay prose."""

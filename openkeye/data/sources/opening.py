@@ -1,0 +1,73 @@
+"""`open_source`: from a reader's name and its options to a `Source`."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+
+from openkeye.common.checks import InputError
+from openkeye.data.config import SourceConfig
+from openkeye.data.sample import Source
+
+Opener = Callable[[str, SourceConfig, str], Source]
+# (name of the source, its settings, the model's folder)
+
+
+def _reader(place: str) -> Opener:
+    """Opens a class at `module:name` below this package, made from (path, options by keyword); imported when it is used."""
+
+    def open_reader(name: str, config: SourceConfig, model_dir: str) -> Source:
+        module, attribute = place.split(":")
+        try:
+            reader = getattr(import_module(f"openkeye.data.sources.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"source {name!r}: {config.reader} needs the package {error.name}; run `pip install 'openkeye[train]'`"
+            ) from error
+        return reader(config.path, **_checked(name, config, inspect.signature(reader).parameters))
+
+    return open_reader
+
+
+READERS: dict[str, Opener] = {
+    "chat_json_lines": _reader("chat_json_lines:ChatJsonLines"),
+    "web_dataset": _reader("web_dataset:TarShards"),
+    "parquet": _reader("parquet:ParquetRows"),
+    "charades_sta": _reader("charades_sta:CharadesSta"),
+    "qvhighlights": _reader("qvhighlights:QvHighlights"),
+    "timelens": _reader("timelens:TimeLens"),
+    "llava_video": _reader("llava_video:LlavaVideo"),
+    "text_files": _reader("text_files:TextFiles"),
+    "folder": _reader("folder:Folder"),
+}
+
+
+def open_source(name: str, config: SourceConfig, model_dir: str | Path = "") -> Source:
+    """The source that `config` describes. `name` is what the run calls it, for errors.
+
+    Raises:
+        InputError: an unknown reader or option, a value of the wrong type, or a file or folder that is not there.
+    """
+    opener = READERS.get(config.reader)
+    if opener is None:
+        raise InputError(f"source {name!r}: no reader {config.reader!r}; choose from {', '.join(READERS)}")
+    return opener(name, config, str(model_dir))
+
+
+def _checked(
+    name: str, config: SourceConfig, parameters: Mapping[str, inspect.Parameter]
+) -> dict[str, str | int | float | bool]:
+    """The options, each of the type of the reader's default value."""
+    known = {key: parameter.default for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    options = dict(config.options)
+    for key, value in options.items():
+        if key not in known:
+            raise InputError(
+                f"source {name!r}: {config.reader} has no option {key!r}; choose from {', '.join(known) or 'none'}"
+            )
+        wanted = type(known[key])
+        if type(value) is int and wanted is float:
+            options[key] = float(value)
+        elif type(value) is not wanted:
+            raise InputError(f"source {name!r}: option {key} is {value!r}; expected {wanted.__name__}")
+    return options
