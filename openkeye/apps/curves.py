@@ -136,20 +136,16 @@ def _draw_panel(axis: Any, title: str, lines: Lines, scale: str) -> None:
 def _mark_stages(axis: Any, records: Sequence[Record], has_names: bool) -> None:
     """A border where a stage begins, its name at the top."""
     before = None
+    axis.set_xlim(int(records[0]["step"]) - 1, int(records[-1]["step"]) + 0.5)
     for record in records:
         stage = record.get("stage")
         if stage == before:
             continue
-        step = int(record["step"]) - int(record.get("step_in_stage", 1))
+        step = max(int(records[0]["step"]) - 1, int(record["step"]) - int(record.get("step_in_stage", 1)))
         if before is not None:
             axis.axvline(step, color="0.5", linestyle="--", linewidth=0.8)
         if has_names and stage is not None:
-            axis.annotate(
-                str(stage),
-                (step, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -10),
-                textcoords="offset points",
-                fontsize=8,
-            )
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
+            # Names lie inside the panel and must not push it aside.
+            axis.annotate(str(stage), (step, 0.0), **place).set_in_layout(False)
         before = stage

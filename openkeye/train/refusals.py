@@ -13,7 +13,7 @@ from openkeye.train.config import RunConfig, StageConfig
 SETTINGS_FILE = "settings.json"
 MAY_CHANGE = {
     "run_dir", "out_dir", "num_shards", "recomputes", "compiles", "num_workers", "max_bad_share", "save_every_seconds",
-    "log_every", "metrics_every", "has_tensorboard",
+    "log_every", "metrics_every", "has_tensorboard", "evaluates",
 }  # fmt: skip
 # between two starts of a run: where it lies, how it is computed and told of
 
