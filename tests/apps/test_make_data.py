@@ -237,6 +237,6 @@ def test_help_names_every_recipe_and_its_options(capsys: pytest.CaptureFixture[s
 
 def test_help_names_what_the_recipes_know():
     # Written down a second time, so that the help needs no recipe's imports.
-    assert make_data.FORMS == ",".join(FORMS)
-    assert make_data.TEMPLATES == ",".join(TEMPLATES)
-    assert make_data.PERTURBATIONS == ",".join(PERTURBATIONS)
+    assert ",".join(FORMS) == make_data.FORMS
+    assert ",".join(TEMPLATES) == make_data.TEMPLATES
+    assert ",".join(PERTURBATIONS) == make_data.PERTURBATIONS
