@@ -108,8 +108,8 @@ def coco_file(tmp_path: Path) -> CocoCutouts:
     draw = PIL.ImageDraw.Draw(picture)
     draw.rectangle((20, 10, 59, 39), fill=(200, 0, 0))
     draw.rectangle((60, 40, 89, 69), fill=(0, 0, 200))
-    (tmp_path / "pictures").mkdir()
-    picture.save(tmp_path / "pictures" / "farm.png")
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
+    picture.save(tmp_path / "pictures" / "train" / "farm.png")
     cat = np.zeros((80, 100), dtype=np.uint8)
     cat[40:70, 60:90] = 1
     flat = np.concatenate([[0], cat.ravel(order="F"), [2]])
@@ -126,7 +126,7 @@ def coco_file(tmp_path: Path) -> CocoCutouts:
     ]
     names = ("dog", "cat", "bird", "horse")
     content = {
-        "images": [{"id": 7, "file_name": "farm.png", "width": 100, "height": 80}],
+        "images": [{"id": 7, "file_name": "train/farm.png", "width": 100, "height": 80}],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": annotations,
     }
