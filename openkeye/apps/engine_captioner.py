@@ -2,21 +2,30 @@
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from openkeye.common.checks import InputError
 from openkeye.data.makers.captioner import CaptionerError
 from openkeye.data.makers.made_sample import Message
-from openkeye.engine.config import SamplingParameters
-from openkeye.engine.loop import Engine
+from openkeye.inputs.processor import resolve_model_dir
+
+if TYPE_CHECKING:
+    from openkeye.engine.loop import Engine
 
 
 class EngineCaptioner:
-    """`openkeye.data.makers.captioner.Captioner` over an `Engine`, one question at a time."""
+    """`openkeye.data.makers.captioner.Captioner` over an `Engine`, which answers one question at a time.
 
-    def __init__(self, engine: Engine, name: str, max_tokens: int) -> None:
-        self.name = name
-        self._engine = engine
-        self._sampling = SamplingParameters(max_new_tokens=max_tokens)
+    The checkpoint is loaded with the first question: a run that has nothing left to do loads none.
+    """
+
+    def __init__(self, model: str, device: str | None, max_tokens: int) -> None:
+        """InputError where there is no such checkpoint."""
+        resolve_model_dir(model)
+        self.name = model
+        self._device = device
+        self._max_tokens = max_tokens
+        self._engine: Engine | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
@@ -25,12 +34,16 @@ class EngineCaptioner:
 
         Raises:
             InputError: media cannot be read, the prompt does not fit, or the answer was cut.
-            CaptionerError: it was stopped.
+            CaptionerError: the checkpoint cannot be loaded, or it was stopped.
         """
+        from openkeye.engine.config import SamplingParameters
+
         with self._lock:
             if self._stopped.is_set():
                 raise CaptionerError(f"{self.name}: stopped")
-            answer = self._engine.generate(messages, sampling=self._sampling)
+            if self._engine is None:
+                self._engine = self._load()
+            answer = self._engine.generate(messages, sampling=SamplingParameters(max_new_tokens=self._max_tokens))
         if answer.finish_reason == "length":
             raise InputError(f"{self.name}: cut after {answer.num_generated_tokens} tokens; raise --captioner-max-tokens")
         return answer.text
@@ -38,3 +51,12 @@ class EngineCaptioner:
     def stop(self) -> None:
         """No further question is answered."""
         self._stopped.set()
+
+    def _load(self) -> "Engine":
+        from openkeye.engine.loop import Engine
+
+        try:
+            return Engine(self.name, self._device)
+        except InputError as error:
+            # Not the fault of the medium that is asked about.
+            raise CaptionerError(str(error)) from error

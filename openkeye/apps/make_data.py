@@ -344,10 +344,8 @@ def _captioner(arguments: argparse.Namespace) -> "Captioner":
         )
     from openkeye.apps.engine_captioner import EngineCaptioner
     from openkeye.apps.model_options import checked_device
-    from openkeye.engine.loop import Engine
 
-    engine = Engine(arguments.captioner, checked_device(arguments.device))
-    return EngineCaptioner(engine, arguments.captioner, arguments.captioner_max_tokens)
+    return EngineCaptioner(arguments.captioner, checked_device(arguments.device), arguments.captioner_max_tokens)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -80,6 +80,34 @@ def test_the_bundled_model_captions_segments(videos: Path, tmp_path: Path, capsy
     assert "seed 0 (now 1)" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_loaded_is_not_the_fault_of_a_video(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(ROOT / "openkeye" / "checkpoints" / MODEL, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    options = (
+        "caption",
+        "--videos",
+        videos,
+        "--captioner",
+        tmp_path / "model",
+        "--max-bad-share",
+        "1",
+        "--out",
+        tmp_path / "o",
+    )
+    assert make(*options) == 2
+    error = capsys.readouterr().err
+    assert "skipped" not in error and "0 samples are kept" in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_caption_that_was_cut_is_skipped(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ("caption", "--videos", videos, "--captioner", MODEL, "--out", tmp_path / "o", "--max-bad-share", "1")
+    assert make(*options, "--captioner-max-tokens", "1") == 0
+    assert "skipped a.mp4: openkeye-tiny: cut after 1 tokens; raise --captioner-max-tokens" in capsys.readouterr().err
+    assert (tmp_path / "o" / "data.jsonl").read_text() == ""
+
+
 def test_the_bundled_model_captions_scenes(videos: Path, tmp_path: Path):
     assert make("scene-captions", "--videos", videos, "--captioner", MODEL, "--out", tmp_path, "--copy-media") == 0
     for record in lines(tmp_path):
@@ -237,6 +265,6 @@ def test_help_names_every_recipe_and_its_options(capsys: pytest.CaptureFixture[s
 
 def test_help_names_what_the_recipes_know():
     # Written down a second time, so that the help needs no recipe's imports.
-    assert make_data.FORMS == ",".join(FORMS)
-    assert make_data.TEMPLATES == ",".join(TEMPLATES)
-    assert make_data.PERTURBATIONS == ",".join(PERTURBATIONS)
+    assert ",".join(FORMS) == make_data.FORMS
+    assert ",".join(TEMPLATES) == make_data.TEMPLATES
+    assert ",".join(PERTURBATIONS) == make_data.PERTURBATIONS

@@ -34,13 +34,13 @@ class Captioner(Protocol):
 
 
 def ask_captioner(captioner: Captioner, messages: Sequence[Message], about: str) -> str:
-    """An answer that says something; `about` names the medium in errors.
+    """An answer that says something, without the reasoning before it; `about` names the medium in errors.
 
     Raises:
         InputError: the captioner said nothing.
         CaptionerError: see `Captioner.caption`.
     """
-    text = captioner.caption(messages).strip()
-    if not text:
+    text = captioner.caption(messages).rpartition("</think>")[2].strip()
+    if not text or text.startswith("<think>"):
         raise InputError(f"{about}: the captioner {captioner.name} said nothing about it; try another --captioner")
     return text

@@ -117,10 +117,10 @@ class CocoCutouts:
             names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
             pictures = {entry["id"]: entry for entry in content["images"]}
             objects: dict[str, list[dict[str, Any]]] = {}
-            present: dict[str, set[str]] = {str(entry["file_name"]): set() for entry in pictures.values()}
+            present: dict[str, set[str]] = {}
             for entry in content["annotations"]:
                 label, picture = names[entry["category_id"]], pictures[entry["image_id"]]
-                present[picture["file_name"]].add(label)
+                present.setdefault(Path(picture["file_name"]).name, set()).add(label)
                 if _is_whole(entry, picture):
                     objects.setdefault(label, []).append(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from openkeye.common.checks import InputError
+from openkeye.data.makers.media_folder import VIDEO_ENDINGS
 from openkeye.inputs.intervals import Interval
 from openkeye.inputs.video_scan import scan_video
 
@@ -113,13 +114,18 @@ class AnnotatedVideos:
         events = self._parsed[job]
         if isinstance(events, InputError):
             raise events
-        path = self.videos / events.video
+        path = self._path(events.video)
         seconds = scan_video(path).duration_seconds
         if events.duration > seconds + CLOCK_SLACK_SECONDS:
             raise InputError(
                 f"{path}: {seconds:.1f} s long, but its annotation says {events.duration:g} s; is it another file?"
             )
         return path, events
+
+    def _path(self, video: str) -> Path:
+        """The file of a video that an annotation may call by its name without the ending."""
+        paths = [self.videos / name for name in (video, *(f"{video}{ending}" for ending in VIDEO_ENDINGS))]
+        return next((path for path in paths if path.is_file()), paths[0])
 
     def others(self, job: str, rng: np.random.Generator, count: int) -> list[VideoEvents]:
         """At most `count` annotations of other videos, by chance; bad lines are left out: their own jobs tell of them."""

@@ -7,6 +7,7 @@ behind that length is cut off when the folder is opened again, so no job is ther
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -127,8 +128,8 @@ class OutputFolder:
             return value
         path = value.resolve()
         if self.is_copying_media:
-            # Two folders may hold files of one name.
-            copy = Path(COPIES, f"{path.parent.name}_{path.name}")
+            # Two folders may hold files of one name: a number from the whole path tells them apart.
+            copy = Path(COPIES, f"{path.stem}-{zlib.crc32(str(path).encode()):08x}{path.suffix}")
             if not (self.folder / copy).exists():
                 self._copy(path, copy)
             return copy.as_posix()

@@ -52,16 +52,18 @@ def test_lines_hold_messages_with_relative_media_and_truth(tmp_path: Path):
 
 def test_copied_media_lie_in_the_folder_and_do_not_collide(tmp_path: Path):
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        PIL.Image.new("RGB", (8, 8), (255 if name == "a" else 0, 0, 0)).save(tmp_path / name / "x.png")
+        (tmp_path / name / "sub").mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8), (255 if name == "a" else 0, 0, 0)).save(tmp_path / name / "sub" / "x.png")
     with OutputFolder(tmp_path / "out", "r", {}, is_copying_media=True) as output:
         for name in ("a", "b"):
-            question = user(image_part(tmp_path / name / "x.png"))
+            question = user(image_part(tmp_path / name / "sub" / "x.png"))
             output.add(name, [MadeSample([question, assistant(name)], "t")])
     for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines():
         record = json.loads(line)
         name = record["messages"][0]["content"][0]["image"]
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / record["messages"][1]["content"] / "x.png").read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (
+            tmp_path / record["messages"][1]["content"] / "sub" / "x.png"
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("torn", ["data", "journal", "both"])

@@ -103,13 +103,13 @@ def test_pictures_that_are_no_cutouts_are_named(tmp_path: Path):
 
 
 def coco_file(tmp_path: Path) -> CocoCutouts:
-    """One picture with a dog as a polygon, a cat as run lengths, a crowd of birds, and a horse cut by the edge."""
+    """One picture with a dog as a polygon, a cat as run lengths, a crowd of birds, and horses cut by the edges or small."""
     picture = PIL.Image.new("RGB", (100, 80), (0, 90, 0))
     draw = PIL.ImageDraw.Draw(picture)
     draw.rectangle((20, 10, 59, 39), fill=(200, 0, 0))
     draw.rectangle((60, 40, 89, 69), fill=(0, 0, 200))
-    (tmp_path / "pictures").mkdir()
-    picture.save(tmp_path / "pictures" / "farm.png")
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
+    picture.save(tmp_path / "pictures" / "train" / "farm.png")
     cat = np.zeros((80, 100), dtype=np.uint8)
     cat[40:70, 60:90] = 1
     flat = np.concatenate([[0], cat.ravel(order="F"), [2]])
@@ -121,10 +121,12 @@ def coco_file(tmp_path: Path) -> CocoCutouts:
         {**whole, "id": 2, "category_id": 2, "bbox": [60, 40, 30, 30], "segmentation": {"size": [80, 100], "counts": counts}},
         {**whole, "id": 3, "category_id": 3, "bbox": [20, 10, 40, 30], "segmentation": [[0, 0, 9, 0, 9, 9]], "iscrowd": 1},
         {**whole, "id": 4, "category_id": 4, "bbox": [0, 10, 40, 30], "segmentation": [[0, 10, 40, 10, 40, 40, 0, 40]]},
+        {**whole, "id": 5, "category_id": 4, "bbox": [70, 10, 29, 30], "segmentation": [[70, 10, 99, 10, 99, 40, 70, 40]]},
+        {**whole, "id": 6, "category_id": 4, "bbox": [10, 10, 40, 9], "segmentation": [[10, 10, 50, 10, 50, 19, 10, 19]]},
     ]
     names = ("dog", "cat", "bird", "horse")
     content = {
-        "images": [{"id": 7, "file_name": "farm.png", "width": 100, "height": 80}],
+        "images": [{"id": 7, "file_name": "train/farm.png", "width": 100, "height": 80}],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": annotations,
     }
@@ -134,7 +136,7 @@ def coco_file(tmp_path: Path) -> CocoCutouts:
 
 def test_coco_polygons_and_run_lengths_are_cut_out(tmp_path: Path):
     source = coco_file(tmp_path)
-    assert source.labels == ["cat", "dog"], "no crowd, none cut by the edge"
+    assert source.labels == ["cat", "dog"], "no crowd, none cut by an edge, none too small"
     for label, size, colour in (("dog", (40, 30), (200, 0, 0)), ("cat", (30, 30), (0, 0, 200))):
         cutout = source.read(label, 0).picture
         assert cutout.size == size

@@ -128,12 +128,26 @@ def test_media_are_found_below_a_folder(tmp_path: Path):
         find_media(tmp_path / "none", VIDEO_ENDINGS)
 
 
-def test_a_captioner_that_says_nothing_is_an_error():
-    class Silent:
-        name = "silent"
+class Says:
+    """A captioner of one answer."""
 
-        def caption(self, messages: object) -> str:
-            return " \n"
+    name = "says"
 
-    with pytest.raises(InputError, match=r"a\.mp4: the captioner silent said nothing"):
-        ask_captioner(Silent(), [], "a.mp4")
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def caption(self, messages: object) -> str:
+        return self.text
+
+    def stop(self) -> None:
+        """It never waits."""
+
+
+@pytest.mark.parametrize("text", ["", " \n", "<think>\nhm\n</think>\n", "<think>\nhm"])
+def test_a_captioner_that_says_nothing_is_an_error(text: str):
+    with pytest.raises(InputError, match=r"a\.mp4: the captioner says said nothing"):
+        ask_captioner(Says(text), [], "a.mp4")
+
+
+def test_reasoning_is_no_caption():
+    assert ask_captioner(Says("<think>\nA dog?\n</think>\n\nA cat.\n"), [], "a.mp4") == "A cat."

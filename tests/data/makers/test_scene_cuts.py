@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from openkeye.common.checks import InputError
-from openkeye.data.makers.scene_cuts import CutDetector, choose_cuts, find_cuts, scenes_between
+from openkeye.data.makers.scene_cuts import LUMA, CutDetector, choose_cuts, find_cuts, scenes_between
 from openkeye.inputs.video_scan import scan_video
 from tests.data.makers.media import forge_frames, panned_frames, write_film
 
@@ -36,6 +36,18 @@ def test_a_flash_is_no_cut(tmp_path: Path):
     frames[20] = 255
     write_film(tmp_path / "flash.mp4", [frames])
     assert find_cuts(scan_video(tmp_path / "flash.mp4")) == []
+
+
+def test_colour_alone_and_place_alone_make_a_cut(tmp_path: Path):
+    frames = panned_frames("rocket.jpg", 20)
+    # The same luma in other colours; the same colours in other places.
+    grey = frames.astype(np.float32) @ LUMA
+    tinted = np.clip(np.stack([grey + 60, grey - 40, grey + 49], -1), 0, 255).astype(np.uint8)
+    flat = np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, -1)
+    write_film(tmp_path / "colour.mp4", [flat, tinted])
+    assert find_cuts(scan_video(tmp_path / "colour.mp4")) == [pytest.approx(2.0)]
+    write_film(tmp_path / "place.mp4", [frames, frames[::-1, ::-1]])
+    assert find_cuts(scan_video(tmp_path / "place.mp4")) == [pytest.approx(2.0)]
 
 
 def test_fast_videos_are_looked_at_in_steps(tmp_path: Path):
