@@ -336,8 +336,9 @@ def test_pictures_and_videos_come_in_the_order_of_their_pads(bundled, clip):
 def test_a_template_for_strings_alone_refuses_a_video(models, clip):
     with pytest.raises(InputError, match=r"a:1: the chat template refuses these messages: can only concatenate str"):
         to_document(Sample("a:1", [user({"type": "video", "video": clip}), says("b")]), models["strings"], LIMITS)
-    document = to_document(Sample("a:1", [user("a"), says("b", learn=None)]), models["strings"], LIMITS)
-    assert learnt_text(document, models["strings"]) == ["<|im_start|>b<|im_end|>"]
+    turns = [user("a"), says("b"), user("c"), says("d", learn=None)]
+    document = to_document(Sample("a:1", turns), models["strings"], LIMITS)
+    assert learnt_text(document, models["strings"]) == ["<|im_start|>b<|im_end|>", "<|im_start|>d<|im_end|>"]
 
 
 def test_a_text_model_learns_chats_and_refuses_pictures(models, clip):
