@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             fps=arguments.fps,
             start_seconds=arguments.start,
             end_seconds=arguments.end,
+            total_tokens=arguments.total_tokens,
             sampling=sampling,
             on_text=None if arguments.json else stream,
             on_progress=progress,
