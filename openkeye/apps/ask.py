@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             answer = engine.generate(question_alone(arguments.question), **options)
         else:
             window = {"fps": arguments.fps, "start_seconds": arguments.start, "end_seconds": arguments.end}
-            answer = engine.ask(scan, arguments.question, evidence=arguments.evidence, **window, **options)
+            options |= {"total_tokens": arguments.total_tokens, "evidence": arguments.evidence}
+            answer = engine.ask(scan, arguments.question, **window, **options)
     if arguments.json:
         print(json.dumps(answer.to_dict()))
         return 0

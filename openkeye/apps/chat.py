@@ -60,7 +60,12 @@ def _about_video(
 
     with StageProgress(is_shown=True) as progress:
         conversation = engine.open(
-            arguments.video, fps=arguments.fps, start_seconds=arguments.start, end_seconds=arguments.end, on_progress=progress
+            arguments.video,
+            fps=arguments.fps,
+            start_seconds=arguments.start,
+            end_seconds=arguments.end,
+            total_tokens=arguments.total_tokens,
+            on_progress=progress,
         )
     for note in conversation.frames.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -60,6 +60,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """Which part of the video, how densely."""
     parser.add_argument("--fps", type=float, default=None, help="frames to look at per second (default: the checkpoint's, 2)")
+    parser.add_argument(
+        "--total-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the video's budget; where it is too small for every frame, fewer are taken (default: the checkpoint's)",
+    )
     parser.add_argument("--start", type=float, default=None, metavar="S", help="look from this second on")
     parser.add_argument("--end", type=float, default=None, metavar="S", help="look until this second")
 

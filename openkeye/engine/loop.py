@@ -79,6 +79,7 @@ class Engine:
         fps: float | None = None,
         start_seconds: float | None = None,
         end_seconds: float | None = None,
+        total_tokens: int | None = None,
         sampling: SamplingParameters | None = None,
         on_text: OnText | None = None,
         on_progress: OnProgress | None = None,
@@ -87,6 +88,7 @@ class Engine:
         """Answer one question about a video file, or the part of it from start to end.
 
         A file is decoded while its frames are read, and never whole in memory; for more questions about it see `open`.
+        total_tokens: the video's budget, its frames' times aside; fewer frames are taken where it is too small for all.
         evidence: whether the answer tells what it rests on (`Answer.evidence`).
 
         Raises:
@@ -97,6 +99,9 @@ class Engine:
             return self.open(video, start_seconds=start_seconds, end_seconds=end_seconds).ask(question, **options)
         _check_question(question)
         part = {"type": "video", "video": video, "fps": fps, "start": start_seconds, "end": end_seconds}
+        if total_tokens is not None:
+            limits = self.processor.video_limits.changed(total_tokens=total_tokens)
+            part["total_pixels"] = limits.total_tokens * limits.factor**2
         messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
         answer = self.generate(messages, **options)
         window = (start_seconds or 0.0, math.inf if end_seconds is None else end_seconds)
@@ -115,12 +120,13 @@ class Engine:
         fps: float | None = None,
         start_seconds: float | None = None,
         end_seconds: float | None = None,
+        total_tokens: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> "Conversation":
         """Decode a video once, for any number of questions; its frames stay in memory, a byte a colour."""
         start = time.monotonic()
         if not isinstance(video, Frames):
-            limits = self.processor.video_limits.changed(fps=fps)
+            limits = self.processor.video_limits.changed(fps=fps, total_tokens=total_tokens)
             report = None if on_progress is None else (lambda done, total: on_progress("decode_video", done, total))
             video = read_video(video, limits, start_seconds, end_seconds, report)
         window = (start_seconds or 0.0, video.duration_seconds if end_seconds is None else end_seconds)

@@ -222,7 +222,8 @@ def _draw_compiled(
     canvas: Tensor, rows: Tensor, masks: Tensor, palette: Tensor, side: int, margin: int, is_caption: bool
 ) -> None:
     """`_draw` as a few fused kernels: its sixty small operations a part would keep the host busier than the device."""
-    # Frames and rows vary from batch to batch; everything else is best known to the compiler.
+    # Frames and rows vary from batch to batch. Everything else is best known to the compiler: a side of the canvas that has
+    # become a symbol costs minutes of algebra.
     torch._dynamo.maybe_mark_dynamic(canvas, 0)
     torch._dynamo.maybe_mark_dynamic(rows, 0)
     _compiled_draw()(canvas, rows, masks, palette, side, margin, is_caption)
@@ -230,7 +231,7 @@ def _draw_compiled(
 
 @lru_cache(maxsize=1)
 def _compiled_draw() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], None]:
-    return torch.compile(_draw)
+    return torch.compile(_draw, dynamic=False)
 
 
 def _sample(masks: Tensor, sprite: Tensor, u_NW: Tensor, v_NH: Tensor, is_caption: bool) -> tuple[Tensor, Tensor]:

@@ -131,3 +131,14 @@ def test_wilson_intervals():
     # Newcombe 1998, table I: 81 of 263, and 0 of 20.
     assert np.allclose(wilson_interval(81, 263), [0.2553, 0.3662], atol=1e-4)
     assert np.allclose(wilson_interval(0, 20), [0.0, 0.1611], atol=1e-4)
+
+
+def test_a_budget_takes_fewer_frames_for_a_question_and_for_a_conversation(engine):
+    demo = ROOT / "openkeye" / "media" / "demo.mp4"
+    question = "When is the red circle visible?"
+    assert engine.ask(demo, question, total_tokens=160).num_frames == 10
+    assert engine.open(demo, total_tokens=160).ask(question).num_frames == 10
+    answer = json.loads(openkeye("ask", demo, question, "--total-tokens", "160", "--json").stdout)
+    assert answer["num_frames"] == 10
+    result = openkeye("ask", demo, question, "--total-tokens", "-5")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "total_tokens" in result.stderr
