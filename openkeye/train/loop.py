@@ -76,18 +76,26 @@ class Agreement:
 class Trainer:
     """One run from its first step, or from where it was left, to a finished model."""
 
-    def __init__(self, config: RunConfig, reporter: Reporter, make_loader: MakeLoader | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        reporter: Reporter,
+        make_loader: MakeLoader | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """
         Args:
             config: the whole run.
             reporter: told of the run's progress by rank 0.
             make_loader: where the packs of a stage come from; None: from `config.sources`.
+            device: that computes; None: this rank's GPU, or the CPU where there is none.
 
         Raises:
             InputError: settings that do not fit the model, the ranks or the folder; before anything is loaded.
         """
         self.config = config
         self.reporter = reporter
+        self.device = training_device() if device is None else device
         self.run_dir = Path(config.run_dir)
         self.model_config = KeyeConfig.load(resolve_model_dir(config.model_dir))
         self.notices = check_run(config, self.model_config, num_ranks())
@@ -105,7 +113,7 @@ class Trainer:
         """
         deadline = time.monotonic() + stop_after_seconds
         num_shards = self.config.num_shards or num_ranks()
-        with joined(training_device(), num_shards) as ranks, Interrupts() as interrupts:
+        with joined(self.device, num_shards) as ranks, Interrupts() as interrupts:
             self.ranks, self.interrupts, self.deadline = ranks, interrupts, deadline
             if ranks.rank == 0:
                 claim_run_dir(self.config)

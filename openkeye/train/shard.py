@@ -46,6 +46,8 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -89,10 +91,10 @@ def joined(device: torch.device, num_shards: int) -> Iterator[Ranks]:
 def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_dtype: torch.dtype) -> None:
     """Share out the parameters of `module`, whose forward makes all calls of `keye`; masters stay as they are, in fp32.
 
-    Units: every decoder layer, every indexer, and the rest. The vision tower belongs to the rest, gathered once a pass:
-    pictures of different sizes go through its layers in calls of their own, so that ranks would gather differently often, and
-    wait for ever. An indexer stays gathered until its gradients are there, because in a warm-up nothing else of its layer has
-    any and nobody would gather it again.
+    Units, over several ranks: every decoder layer, every indexer, and the rest. The vision tower belongs to the rest, gathered
+    once a pass: pictures of different sizes go through its layers in calls of their own, so that ranks would gather differently
+    often, and wait for ever. An indexer stays gathered until its gradients are there, because in a warm-up nothing else of its
+    layer has any and nobody would gather it again.
 
     Gradients are summed over ranks and never averaged: the loss is divided by the count of all ranks' tokens.
     """
@@ -103,7 +105,8 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in decoder_layers(keye):
+    # One rank gains nothing from gathering layer by layer, and a small network's step is as long as its hooks and copies.
+    for layer in decoder_layers(keye) if ranks.size > 1 else ():
         indexer = layer.self_attn.sa_indexer
         fully_shard(indexer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         register_fsdp_forward_method(indexer, "observe")

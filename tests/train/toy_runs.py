@@ -34,6 +34,8 @@ from tests.rank_processes import find_free_port, run_ranks
 IMAGE = 7
 # the token id of picture pads; prose may hold it too
 VOCABULARY = 40
+CPU = torch.device("cpu")
+# where these runs are exact, also on a machine with a GPU
 
 TOY = KeyeConfig(
     hidden_size=32,
@@ -154,7 +156,7 @@ def write_toy_model(folder: Path, config: KeyeConfig = TOY) -> Path:
 def run_here(config: RunConfig, stop_after_seconds: float = float("inf")) -> SilentReporter:
     """The run in this process."""
     reporter = SilentReporter()
-    Trainer(config, reporter, toy_loader).run(stop_after_seconds)
+    Trainer(config, reporter, toy_loader, CPU).run(stop_after_seconds)
     return reporter
 
 
@@ -221,7 +223,7 @@ def run_keeping_gradients(config: RunConfig) -> list[dict[str, torch.Tensor]]:
 
     Optimizer.step = keeping_step  # type: ignore[method-assign]
     try:
-        Trainer(config, SilentReporter(), unequal_loader).run()
+        Trainer(config, SilentReporter(), unequal_loader, CPU).run()
     finally:
         Optimizer.step = step  # type: ignore[method-assign]
     return kept
@@ -243,7 +245,7 @@ class Job:
             torch.save(run_keeping_gradients(self.config), f"{self.config.out_dir}.gradients.{os.environ.get('RANK', 0)}.pt")
             return
         reporter = SilentReporter()
-        Trainer(self.config, reporter, toy_loader).run(self.stop_after_seconds)
+        Trainer(self.config, reporter, toy_loader, CPU).run(self.stop_after_seconds)
         print("\n".join(reporter.lines), flush=True)
 
 
