@@ -7,7 +7,7 @@ DETAILS = """\
 The weights are copied unchanged: in dense attention the new model computes what the old one does. The indexer that sparse
 attention selects with is fresh and must be taught (indexer warm-up, then sparse adaptation).
 
-A GGUF file becomes such a folder with transformers and the package gguf; with SmolLM2-135M-Instruct, for example:
+A GGUF file becomes such a folder with transformers, gguf and accelerate; with SmolLM2-135M-Instruct, for example:
   from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
   model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype="bfloat16")
   plain = LlamaForCausalLM(model.config).bfloat16()   # a model read from GGUF cannot be saved itself
