@@ -15,7 +15,7 @@ from openkeye.common.checks import InputError
 from openkeye.frameforge.writer import film, make_clip
 
 ROOT = Path(__file__).parents[2]
-QUESTION, ANSWER = "What is the video about?", "Only toys."
+QUESTION, ANSWER = "What is the video about?", "Red dog."
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def command(folder, out_dir, *words):
 def test_a_folder_becomes_a_model_that_answers_as_it_was_taught(folder, tmp_path, capsys):
     out_dir = tmp_path / "mine"
     held_out = json.loads((folder / "questions.jsonl").read_text().splitlines()[0])["video"]
-    assert main(command(folder, out_dir, "min_steps=30", "num_epochs=1")) == 0
+    assert main(command(folder, out_dir, "min_steps=35", "num_epochs=1", "rate=4e-3")) == 0
     said = capsys.readouterr()
     assert said.out.strip() == str(out_dir)
     assert "held out, before: 0% of 1 answers exact" in said.err and "held out, after:  100% of 1 answers exact" in said.err
-    assert "step 30 of 30  finetune  loss" in said.err and " left\n" in said.err
+    assert "step 35 of 35  finetune  loss" in said.err and " left\n" in said.err
     before, after = (json.loads((tmp_path / "mine-run" / f"{name}.json").read_text()) for name in ("before", "after"))
-    assert after["loss"] < 0.1 < 3 < before["loss"]
+    assert after["loss"] < 0.2 < 3 < before["loss"]
     assert (tmp_path / "mine-run" / "curves.png").stat().st_size > 20_000
     assert list((tmp_path / "mine-run" / "tensorboard").glob("events.out.tfevents.*"))
     # The finished model is a checkpoint like any other.
@@ -54,7 +54,7 @@ def test_a_folder_becomes_a_model_that_answers_as_it_was_taught(folder, tmp_path
     assert main(["ask", str(folder / held_out), QUESTION]) == 0
     assert capsys.readouterr().out.strip() != ANSWER
     # Once finished, the same command only says so again.
-    assert main(command(folder, out_dir, "min_steps=30", "num_epochs=1")) == 0
+    assert main(command(folder, out_dir, "min_steps=35", "num_epochs=1", "rate=4e-3")) == 0
     assert "step 5 of" not in capsys.readouterr().err
 
 
@@ -216,7 +216,7 @@ def test_unknown_options_are_still_refused(capsys):
 
 def test_two_ranks_speak_once(folder, tmp_path):
     words = command(folder, tmp_path / "mine", "min_steps=2", "num_epochs=0", "log_every=1")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*launch, "-m", "openkeye.apps.commands", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
