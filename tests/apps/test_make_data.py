@@ -198,6 +198,15 @@ def test_pictures_are_pasted_and_rendered(tmp_path: Path, capsys: pytest.Capture
     assert "rain" not in capsys.readouterr().err
 
 
+def test_workers_change_nothing(tmp_path: Path):
+    options = ("rendered-ocr", "--num", 8, "--templates", "sign,chart", "--seed", 5)
+    for workers in (1, 4):
+        assert make(*options, "--workers", workers, "--out", tmp_path / str(workers)) == 0
+    files = [path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file()]
+    assert len(files) == 10
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes() for name in files)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, number: int):
     command = [
