@@ -15,12 +15,12 @@ from openkeye.train.config import RunConfig, StageConfig
 
 ALL = ("vision", "projector", "decoder")
 WITH_INDEXER = (*ALL, "indexer")
-HOUR_CONTEXT = 196_608
-# room for 7,200 frames of 22-23 tokens and their questions
+HOUR_CONTEXT = 131_072
+# room for 5,600 frames of 22-23 tokens and their questions: three quarters of an hour, as much as one GPU learns from at once
 
 SOURCES = {
     "captions": SourceConfig("frameforge_captions", options={"max_start_seconds": 3600.0}),
-    "pictures": SourceConfig("frameforge_pictures", options={"max_pictures": 3}),
+    "pictures": SourceConfig("frameforge_pictures", options={"max_pictures": 3, "max_side": 112}),
     "text": SourceConfig("frameforge_text"),
     # 8-30 s
     "short": SourceConfig("frameforge_videos", options={"frames": "16..60", "max_rounds": 1, "max_start_seconds": 3600.0}),
@@ -32,9 +32,9 @@ SOURCES = {
     "long": SourceConfig(
         "frameforge_videos", options={"frames": "601..2400", "max_rounds": 6, "sparse_share": 0.6, "max_start_seconds": 2400.0}
     ),
-    # 20 min - an hour
+    # 20 - 46 min
     "hour": SourceConfig(
-        "frameforge_videos", options={"frames": "2401..7200", "max_rounds": 6, "sparse_share": 0.8, "max_start_seconds": 0.0}
+        "frameforge_videos", options={"frames": "2401..5500", "max_rounds": 6, "sparse_share": 0.8, "max_start_seconds": 0.0}
     ),
 }
 
@@ -47,7 +47,7 @@ def pretraining(
     num_workers: int = 14,
     seed: int = 0,
 ) -> RunConfig:
-    """Stages 0-3 (report, pre-training), dense: the projector alone, then everything, at contexts of 2K, 8K, 16K and 64K.
+    """Stages 0-3 (report, pre-training), dense: the projector alone, then everything, at contexts of 4K, 8K, 16K and 64K.
 
     Args:
         model_dir: whose vision tower and language model are taken over.
@@ -56,8 +56,8 @@ def pretraining(
     stages = (
         StageConfig(
             "0: projector",
-            steps(150, scale),
-            context=2_048,
+            steps(120, scale),
+            context=4_096,
             tokens_per_pack=40_960,
             mixture=(Share("captions"), Share("pictures", 3.0), Share("short", 2.0)),
             trains=("projector",),
@@ -66,7 +66,7 @@ def pretraining(
         ),
         StageConfig(
             "1: everything",
-            steps(350, scale),
+            steps(250, scale),
             context=8_192,
             tokens_per_pack=49_152,
             mixture=(Share("captions", 4.0, 2.0), Share("pictures", 4.0, 2.0), Share("text", 3.0), Share("short", 8.0, 16.0)),
@@ -78,7 +78,7 @@ def pretraining(
         ),
         StageConfig(
             "2: minutes",
-            steps(450, scale),
+            steps(320, scale),
             context=16_384,
             tokens_per_pack=49_152,
             mixture=(Share("captions"), Share("pictures"), Share("text"), Share("short", 8.0, 6.0), Share("minutes", 4.0, 8.0)),
@@ -90,11 +90,17 @@ def pretraining(
         ),
         StageConfig(
             "3: long",
-            steps(300, scale),
+            steps(120, scale),
             context=65_536,
             tokens_per_pack=65_536,
             # Long to short about one to one in tokens: a clip of 5-20 minutes has some 27,000, one of 8-30 s some 1,200.
-            mixture=(Share("captions", 0.5), Share("text", 0.5), Share("short", 6.0), Share("minutes", 4.0), Share("long", 1.2)),
+            mixture=(
+                Share("captions", 0.5),
+                Share("text", 0.5),
+                Share("short", 6.0),
+                Share("minutes", 4.0),
+                Share("long", 1.2),
+            ),
             trains=ALL,
             rate=6e-4,
             rate_end_share=0.5,
@@ -118,10 +124,10 @@ def sparse(
     stages = (
         StageConfig(
             "indexer warm-up",
-            steps(250, scale),
-            context=65_536,
-            tokens_per_pack=65_536,
-            mixture=(Share("short", 6.0), Share("minutes", 5.0), Share("long", 1.0)),
+            steps(150, scale),
+            context=16_384,
+            tokens_per_pack=49_152,
+            mixture=(Share("short", 4.0), Share("minutes", 6.0)),
             trains=("indexer",),
             indexer_target="dense",
             answer_weight=0.0,
@@ -131,7 +137,7 @@ def sparse(
         ),
         StageConfig(
             "sparse adaptation",
-            steps(900, scale),
+            steps(600, scale),
             context=65_536,
             tokens_per_pack=65_536,
             mixture=adapted,
@@ -146,7 +152,7 @@ def sparse(
         ),
         StageConfig(
             "an hour",
-            steps(60, scale),
+            steps(15, scale),
             context=HOUR_CONTEXT,
             tokens_per_pack=HOUR_CONTEXT,
             mixture=(Share("short", 6.0), Share("minutes", 5.0), Share("long", 1.0), Share("hour", 1.0)),
@@ -160,7 +166,7 @@ def sparse(
         ),
         StageConfig(
             "SFT",
-            steps(400, scale),
+            steps(300, scale),
             context=65_536,
             tokens_per_pack=65_536,
             mixture=(Share("pictures", 0.5), Share("short", 7.0), Share("minutes", 6.0), Share("long", 0.8)),

@@ -27,6 +27,8 @@ NUM_STEPS_AHEAD = 2
 # ready or being made while the last one computes
 MIN_SAMPLES = 20
 # read before a share of bad ones means anything
+MAX_TOO_LONG_SHARE = 0.5
+# nothing is wrong with a sample that another stage has room for, but a stage that leaves out most of them is set wrongly
 NUM_NAMED = 5
 # bad samples in the message that ends a run
 SAME = ("seed", "stage", "packs_per_step", "sources")
@@ -236,12 +238,21 @@ class Loader:
         self._news.append((self._num_made, bad))
         self._last_bad.append(bad)
         num_read = sum(lane.num_read for lane in self._lanes)
-        num_bad = sum(lane.num_bad + lane.num_too_long for lane in self._lanes)
-        if num_read >= MIN_SAMPLES and num_bad > self._config.max_bad_share * num_read:
-            named = "; ".join(f"{bad.name}: {bad.reason}" for bad in self._last_bad)
+        num_bad, num_too_long = (
+            sum(counts) for counts in zip(*((one.num_bad, one.num_too_long) for one in self._lanes), strict=True)
+        )
+        if num_read < MIN_SAMPLES:
+            return
+        named = "; ".join(f"{bad.name}: {bad.reason}" for bad in self._last_bad)
+        if num_bad > self._config.max_bad_share * num_read:
             raise InputError(
                 f"{num_bad} of {num_read} samples cannot be used, more than max_bad_share={self._config.max_bad_share:g}: "
                 f"mend or remove them, or allow more. The last ones: {named}"
+            )
+        if num_too_long > MAX_TOO_LONG_SHARE * num_read:
+            raise InputError(
+                f"{num_too_long} of {num_read} samples are too long for the stage, more than half: give it a longer context, "
+                f"or other sources. The last ones: {named}"
             )
 
 

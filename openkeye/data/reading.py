@@ -7,7 +7,7 @@ from typing import Protocol
 from openkeye.common.checks import InputError
 from openkeye.data.document import Document
 from openkeye.data.mixture import Draw
-from openkeye.data.sample import Sample, Source
+from openkeye.data.sample import Sample, Source, UnfitError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SampleReader:
             name = sample.name
             document = sample if isinstance(sample, Document) else self.convert(sample)
         except InputError as error:
-            return BadSample(name, str(error))
+            return BadSample(name, str(error), is_too_long=isinstance(error, UnfitError))
         if document.num_tokens > self.context:
             reason = f"{document.num_tokens:,} tokens, the stage's context is {self.context:,}"
             return BadSample(name, reason, is_too_long=True)
