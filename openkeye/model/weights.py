@@ -5,6 +5,7 @@ fused 3-D tensors; the un-fused names of other releases are accepted and stacked
 """
 
 import json
+import shutil
 import math
 import re
 from collections import defaultdict
@@ -311,5 +312,8 @@ def save_model(model: KeyeModel, model_dir: str | Path, shard_bytes: int = SHARD
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": file_of}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+    for name in shards:
+        # The library writes them for their owner's eyes alone.
+        shutil.copymode(folder / "config.json", folder / name)
     # The files that the kept tensors came from may just have been replaced.
     model.kept_tensors = tuple(KeptTensor(folder / file_of[kept.name], kept.name) for kept in model.kept_tensors)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from openkeye.common.checks import writing_to
 from openkeye.inputs.processor import resolve_model_dir
 from openkeye.model.config import KeyeConfig
+from openkeye.model.fresh_indexer import fresh_indexers
 from openkeye.model.keye import KeyeModel
 from openkeye.model.weights import INDEX_FILE, PACKING_TABLE, POOLING_HEAD, SINGLE_FILE, KeptTensor, load_model, save_model
 from openkeye.train.config import PARTS, RunConfig
@@ -24,6 +25,8 @@ from openkeye.train.shard import Ranks
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt")
 # of files that a finished model has its own of
+MODEL_CARD = "README.md"
+# tells of the model that the run began with
 
 
 def first_weights(config: RunConfig, model_config: KeyeConfig) -> dict[str, Tensor]:
@@ -39,6 +42,10 @@ def first_weights(config: RunConfig, model_config: KeyeConfig) -> dict[str, Tens
         model = KeyeModel(model_config)
         initialise(model, config.seed)
         weights |= {name: tensor for name, tensor in model.state_dict().items() if part_of(name) in config.fresh}
+    if "indexer" in config.fresh:
+        layers = range(model_config.num_hidden_layers)
+        gains = [weights[f"model.layers.{number}.input_layernorm.weight"] for number in layers]
+        weights |= {name: tensor.float() for name, tensor in fresh_indexers(model_config, gains, config.seed).items()}
     return weights
 
 
@@ -95,7 +102,7 @@ def write_finished(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
                 shutil.rmtree(rest)
         unfinished.mkdir(parents=True)
         for path in resolve_model_dir(config.model_dir).iterdir():
-            if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
+            if path.is_file() and path.name != MODEL_CARD and not path.name.endswith(WEIGHT_ENDINGS):
                 shutil.copy2(path, unfinished / path.name)
         save_model(model, unfinished)
         if out_dir.exists():
