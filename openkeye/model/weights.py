@@ -5,9 +5,9 @@ fused 3-D tensors; the un-fused names of other releases are accepted and stacked
 """
 
 import json
-import shutil
 import math
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
