@@ -182,13 +182,15 @@ def sparse(
     return run_config(model_dir, run_dir, out_dir, stages, num_workers, seed)
 
 
-def smoke(model_dir: str = "openkeye-tiny", run_dir: str = "runs/smoke", out_dir: str = "runs/smoke-model") -> RunConfig:
-    """Every stage of both runs for two steps on short clips: the same road on a CPU, in a minute."""
+def smoke(
+    model_dir: str = "openkeye-tiny", run_dir: str = "runs/smoke", out_dir: str = "runs/smoke-model", num_steps: int = 2
+) -> RunConfig:
+    """Every stage of both runs for a few steps on short clips: the same road on a CPU, in a minute."""
     stages = (*pretraining().stages, *sparse().stages)
     short = tuple(
         replace(
             stage,
-            num_steps=2,
+            num_steps=num_steps,
             num_warmup_steps=0,
             context=2_048,
             tokens_per_pack=2_048,

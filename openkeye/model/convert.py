@@ -309,3 +309,6 @@ def _write_others(source: Path, folder: Path, settings: dict[str, Any]) -> None:
     if not (source / "generation_config.json").is_file():
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": settings["eos_token_id"]}, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    for path in folder.glob("*.safetensors"):
+        # The library writes them for their owner's eyes alone.
+        shutil.copymode(folder / "config.json", path)
