@@ -4,17 +4,26 @@
 
 As in the report, the vision tower and the language model are taken over from earlier training (`recipes/tiny.py` makes such
 weights from nothing), the projector and the indexer begin anew. Two runs, so that the dense model between them can be looked
-at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, SFT).
+at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, SFT). Before them `python -m recipes.whole_story FROM TO` copies
+the model that the road begins with and gives it positions for an hour.
 """
 
+import json
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from openkeye.data.config import Share, SourceConfig
+from openkeye.inputs.processor import resolve_model_dir
 from openkeye.train.config import RunConfig, StageConfig
 
 ALL = ("vision", "projector", "decoder")
 WITH_INDEXER = (*ALL, "indexer")
+NUM_POSITIONS = 262_144
+VIDEO_TOKENS = 131_072
+# of the model that comes out: every frame of an hour at 2 a second, and room for questions
 HOUR_CONTEXT = 131_072
 # room for 5,600 frames of 22-23 tokens and their questions: three quarters of an hour, as much as one GPU learns from at once
 
@@ -39,8 +48,19 @@ SOURCES = {
 }
 
 
+def widen(model_dir: str, out_dir: str) -> None:
+    """A model folder with room for an hour: the same weights, more positions and a larger budget for videos."""
+    out = Path(out_dir)
+    shutil.copytree(resolve_model_dir(model_dir), out, dirs_exist_ok=True)
+    config, preprocessor = (json.loads((out / name).read_text()) for name in ("config.json", "preprocessor_config.json"))
+    config["max_position_embeddings"] = NUM_POSITIONS
+    preprocessor["video"]["total_tokens"] = VIDEO_TOKENS
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
 def pretraining(
-    model_dir: str = "openkeye-tiny",
+    model_dir: str = "runs/whole_story/start",
     run_dir: str = "runs/whole_story/dense",
     out_dir: str = "runs/whole_story/dense-model",
     scale: float = 1.0,
@@ -233,3 +253,7 @@ def run_config(
 def steps(number: int, scale: float) -> int:
     """A scaled number of steps, at least one."""
     return max(1, round(number * scale))
+
+
+if __name__ == "__main__":
+    widen(*sys.argv[1:])

@@ -12,7 +12,7 @@
 set -euo pipefail
 RUN=${RUN:-runs/whole_story} FROM=${FROM:-openkeye-tiny} SCALE=${SCALE:-1} CLIPS=${CLIPS:-400} PIECE=${PIECE:-}
 WORKERS=${WORKERS:-$(($(nproc) > 1 ? $(nproc) - 1 : 1))}
-OPENKEYE=${OPENKEYE:-python -m openkeye.apps.commands}
+PYTHON=${PYTHON:-python} OPENKEYE=${OPENKEYE:-$PYTHON -m openkeye.apps.commands}
 RECIPE=$(dirname "$0")/whole_story.py
 SECONDS=0
 
@@ -26,7 +26,8 @@ train() { # FUNCTION MODEL OUT
     $OPENKEYE train "$RECIPE:$1" model_dir="$2" run_dir="$RUN/$1" out_dir="$3" scale="$SCALE" num_workers="$WORKERS" "${limit[@]}"
 }
 
-train pretraining "$FROM" "$RUN/dense-model"
+if [ ! -f "$RUN/start/config.json" ]; then $PYTHON -m recipes.whole_story "$FROM" "$RUN/start"; fi
+train pretraining "$RUN/start" "$RUN/dense-model"
 train sparse "$RUN/dense-model" "$RUN/model"
 if [ "$CLIPS" -gt 0 ]; then
     for tier in standard long hour; do

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from openkeye.inputs.processor import Processor
 from openkeye.model.config import KeyeConfig
 from openkeye.train.loop import Trainer
 from openkeye.train.reporter import SilentReporter
@@ -35,7 +36,10 @@ def test_scale_changes_the_steps_alone():
 
 @pytest.mark.timeout(240)
 def test_the_smoke_run_goes_through_every_stage(tmp_path):
-    config = whole_story.smoke(run_dir=str(tmp_path / "run"), out_dir=str(tmp_path / "model"), num_steps=1)
+    whole_story.widen("openkeye-tiny", str(tmp_path / "start"))
+    config = whole_story.smoke(
+        str(tmp_path / "start"), run_dir=str(tmp_path / "run"), out_dir=str(tmp_path / "model"), num_steps=1
+    )
     assert [stage.name for stage in config.stages] == [
         stage.name for run in (whole_story.pretraining(), whole_story.sparse()) for stage in run.stages
     ]
@@ -56,7 +60,13 @@ def test_the_script_stops_after_its_piece_and_skips_what_is_done(tmp_path):
         "        folder.mkdir(parents=True)\n"
         "        (folder / 'config.json').write_text('{}')\n"
     )
-    variables = {"RUN": str(tmp_path / "run"), "OPENKEYE": f"{sys.executable} {command}", "CLIPS": "30", "PIECE": "0"}
+    variables = {
+        "RUN": str(tmp_path / "run"),
+        "OPENKEYE": f"{sys.executable} {command}",
+        "CLIPS": "30",
+        "PIECE": "0",
+        "PYTHON": sys.executable,
+    }
 
     def run(**changed: str) -> int:
         environment = {**os.environ, **variables, **changed}
@@ -71,6 +81,7 @@ def test_the_script_stops_after_its_piece_and_skips_what_is_done(tmp_path):
         *[["evaluate", "frameforge"]] * 3,
     ]
     assert [line[line.index("--num") + 1] for line in words[2:]] == ["30", "30", "3"]
+    assert Processor.load(tmp_path / "run" / "start").video_limits.total_tokens == 16 * 7200 + 15_872
     assert (tmp_path / "run" / "hour.json").is_file()
     notes.unlink()
     assert run(CLIPS="0") == 0 and not notes.exists()
