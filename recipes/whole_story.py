@@ -4,8 +4,8 @@
 
 As in the report, the vision tower and the language model are taken over from earlier training (`recipes/tiny.py` makes such
 weights from nothing), the projector and the indexer begin anew. Two runs, so that the dense model between them can be looked
-at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, SFT). Before them `python -m recipes.whole_story FROM TO` copies
-the model that the road begins with and gives it positions for an hour.
+at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, SFT). Before them `python -m recipes.whole_story FROM TO`
+copies the model that the road begins with and gives it positions for an hour.
 """
 
 import json
