@@ -124,7 +124,7 @@ def test_list_names_every_packaged_recipe(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0
     names = [line.split()[0] for line in lines]
-    assert names == ["finetune", "smoke", "stages", "stages:warm_up", "stages:adaptation", "stages:sft"]
+    assert names == ["adapt_text", "finetune", "smoke", "stages", "stages:warm_up", "stages:adaptation", "stages:sft"]
     assert all(len(line.split()) > 5 for line in lines)
 
 

@@ -115,7 +115,7 @@ def test_a_batch_moves_whole_and_its_pictures_are_drawn_where_it_is():
     batch = pack([TEXT, asked])
     moved = batch.to("meta")
     tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
-    assert set(tensors) == {"input_ids", "position_ids", "labels", "media_positions"}
+    assert set(tensors) == {"input_ids", "position_ids", "labels", "learnt_positions", "media_positions"}
     assert all(value.device.type == "meta" for value in tensors.values()) and moved.device.type == "meta"
     rest = {name: value for name, value in vars(moved).items() if name not in tensors}
     assert rest == {name: vars(batch)[name] for name in rest}

@@ -73,6 +73,8 @@ class Folder:
         Raises:
             InputError: no folder, no questions, or lines that make no sense; says what was found.
         """
+        if not str(path):
+            raise InputError("the reader folder got no path; give a folder of videos and questions")
         if part not in PARTS:
             raise InputError(f"{path}: part is {part!r}; choose from {', '.join(PARTS)}")
         if not 0 <= held_out_share < 1:
