@@ -134,7 +134,7 @@ def _draw_panel(axis: Any, title: str, lines: Lines, scale: str) -> None:
 
 
 def _mark_stages(axis: Any, records: Sequence[Record], has_names: bool) -> None:
-    """A border where a stage begins, its name at the top."""
+    """A border where a stage begins, with its name along it."""
     before = None
     axis.set_xlim(int(records[0]["step"]) - 1, int(records[-1]["step"]) + 0.5)
     for record in records:
@@ -146,6 +146,7 @@ def _mark_stages(axis: Any, records: Sequence[Record], has_names: bool) -> None:
             axis.axvline(step, color="0.5", linestyle="--", linewidth=0.8)
         if has_names and stage is not None:
             place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 4), "textcoords": "offset points", "fontsize": 8}
-            # Names lie inside the panel and must not push it aside.
+            place |= {"rotation": 90, "verticalalignment": "bottom"}
+            # Names lie inside the panel and must not push it aside; upright, those of short stages do not lie on one another.
             axis.annotate(str(stage), (step, 0.0), **place).set_in_layout(False)
         before = stage
