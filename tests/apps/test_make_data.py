@@ -225,7 +225,14 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, number: int):
     )
     assert whole.returncode == 0
     out = tmp_path / "cut"
-    process = subprocess.Popen([*command, "--num", "3000", "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--num", "3000", "--out", str(out)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell put into the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journal = out / "journal.jsonl"
     end = time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:

@@ -24,7 +24,11 @@ def _reader(place: str) -> Opener:
             raise InputError(
                 f"source {name!r}: {config.reader} needs the package {error.name}; run `pip install 'openkeye[train]'`"
             ) from error
-        return reader(config.path, **_checked(name, config, inspect.signature(reader).parameters))
+        parameters = inspect.signature(reader).parameters
+        if not config.path and parameters["path"].default is inspect.Parameter.empty:
+            # An empty path would be the folder that somebody happens to stand in.
+            raise InputError(f"source {name!r}: {config.reader} got no path; give a file or a folder")
+        return reader(config.path, **_checked(name, config, parameters))
 
     return open_reader
 

@@ -25,7 +25,7 @@ def test_unknown_readers_and_options_list_the_known_ones(tmp_path):
 @pytest.mark.parametrize("reader", [reader for reader in READERS if not reader.startswith("frameforge")])
 def test_a_missing_file_is_told_at_opening(reader, tmp_path):
     for path in ("", str(tmp_path / "none.x")):
-        with pytest.raises(InputError, match=r"no such f(ile|older)|a folder"):
+        with pytest.raises(InputError, match=r"no such f(ile|older)|got no path|a folder"):
             open_source("a", SourceConfig(reader, path))
 
 
