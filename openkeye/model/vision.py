@@ -5,11 +5,17 @@ Letters: N pictures of one size, P patches of a picture, D width, H heads.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openkeye.inputs.patches import Patches
 from openkeye.kernels.dispatch import apply_rotary
 from openkeye.model.config import VisionConfig
 from openkeye.model.rotary import grid_table
+
+MAX_SMALL_PATCHES = 1024
+# of a picture: up to here attention is a small part of the tower's work
+SMALL_BACK_ENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+BACK_ENDS = [SDPBackend.CUDNN_ATTENTION, *SMALL_BACK_ENDS]
 
 
 class VisionEmbeddings(nn.Module):
@@ -52,7 +58,9 @@ class VisionAttention(nn.Module):
             projection(x_NPD).unflatten(-1, (self.num_heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary(query, cos_PD, sin_PD), apply_rotary(key, cos_PD, sin_PD)
-        output = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        # cuDNN plans anew for every number of pictures, tens of milliseconds on the host: more than small pictures take.
+        with sdpa_kernel(SMALL_BACK_ENDS if x_NPD.shape[1] <= MAX_SMALL_PATCHES else BACK_ENDS):
+            output = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return self.out_proj(output.transpose(1, 2).flatten(2))
 
 
