@@ -2,11 +2,10 @@
 
     bash recipes/whole_story.sh
 
-The weights are taken over from earlier training (`recipes/tiny.py` makes such weights from nothing). The report's projector and
-indexer begin anew; `fresh=projector,indexer` does that here, and it needs more steps (`docs/training_stages.md`). Two runs, so
-that the dense model between them can be looked at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, an hour, SFT).
-Before them `python -m recipes.whole_story FROM TO` copies the model that the road begins with and gives it
-positions for an hour.
+The trunk's weights are taken over from earlier training (`recipes/tiny.py` makes such weights from nothing), the indexer begins
+anew. The report's projector does too; `fresh=projector,indexer` does that here, and it needs more steps. Two runs, so that the
+dense model between them can be looked at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, an hour, SFT). Before
+them `python -m recipes.whole_story FROM TO` copies the model that the road begins with and gives it positions for an hour.
 """
 
 import json
@@ -129,7 +128,7 @@ def pretraining(
             balance_weight=0.01,
         ),
     )
-    return run_config(model_dir, run_dir, out_dir, stages, num_workers, seed)
+    return run_config(model_dir, run_dir, out_dir, stages, num_workers, seed, fresh=("indexer",))
 
 
 def sparse(
@@ -152,7 +151,7 @@ def sparse(
             trains=("indexer",),
             indexer_target="dense",
             answer_weight=0.0,
-            rate=2e-3,
+            rate=2e-2,
             rate_end_share=0.1,
             num_warmup_steps=steps(10, scale),
         ),
@@ -165,7 +164,7 @@ def sparse(
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 1e-3},
+            rates={"indexer": 3e-3},
             rate=5e-4,
             rate_end_share=0.5,
             num_warmup_steps=steps(20, scale),
@@ -180,7 +179,7 @@ def sparse(
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 8e-4},
+            rates={"indexer": 2e-3},
             rate=4e-4,
             rate_end_share=0.8,
             balance_weight=0.01,
@@ -194,7 +193,7 @@ def sparse(
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 8e-4},
+            rates={"indexer": 2e-3},
             rate=4e-4,
             rate_end_share=0.0,
             balance_weight=0.01,
@@ -243,6 +242,7 @@ def run_config(
         seed=seed,
         fresh=fresh,
         optimizer="muon",
+        indexer_optimizer="muon",
         clip=1.0,
         num_workers=num_workers,
         save_every_seconds=120.0,
