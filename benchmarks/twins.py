@@ -62,7 +62,7 @@ class Setting:
             trains=("vision", "projector", "decoder", *(["indexer"] if is_sparse else [])),
             attention=attention,
             indexer_target="selected" if is_sparse else "none",
-            rates={"indexer": self.rate} if is_sparse else {},
+            rates={"indexer": 10 * self.rate} if is_sparse else {},
             rate=self.rate,
             rate_end_share=0.1,
             num_warmup_steps=num_steps // 10,
@@ -80,7 +80,7 @@ class Setting:
             trains=("indexer",),
             indexer_target="dense",
             answer_weight=0.0,
-            rate=3e-3,
+            rate=2e-2,
             num_warmup_steps=num_steps // 20,
         )
 
@@ -97,6 +97,7 @@ class Setting:
                 seed=seed,
                 fresh=("indexer",) if is_fresh else (),
                 optimizer="muon",
+                indexer_optimizer="muon",
                 num_workers=self.num_workers,
                 has_tensorboard=False,
             )

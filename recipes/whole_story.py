@@ -2,10 +2,10 @@
 
     bash recipes/whole_story.sh
 
-As in the report, the vision tower and the language model are taken over from earlier training (`recipes/tiny.py` makes such
-weights from nothing), the projector and the indexer begin anew. Two runs, so that the dense model between them can be looked
-at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, SFT). Before them `python -m recipes.whole_story FROM TO`
-copies the model that the road begins with and gives it positions for an hour.
+The trunk's weights are taken over from earlier training (`recipes/tiny.py` makes such weights from nothing), the indexer begins
+anew. The report's projector does too; `fresh=projector,indexer` does that here, and it needs more steps. Two runs, so that the
+dense model between them can be looked at: `pretraining` (stages 0-3) and `sparse` (warm-up, adaptation, an hour, SFT). Before
+them `python -m recipes.whole_story FROM TO` copies the model that the road begins with and gives it positions for an hour.
 """
 
 import json
@@ -76,41 +76,41 @@ def pretraining(
     stages = (
         StageConfig(
             "0: projector",
-            steps(120, scale),
+            steps(60, scale),
             context=4_096,
             tokens_per_pack=40_960,
             mixture=(Share("captions"), Share("pictures", 3.0), Share("short", 2.0)),
             trains=("projector",),
-            rate=2e-3,
+            rate=1e-3,
             num_warmup_steps=steps(10, scale),
         ),
         StageConfig(
             "1: everything",
-            steps(250, scale),
+            steps(150, scale),
             context=8_192,
             tokens_per_pack=49_152,
             mixture=(Share("captions", 4.0, 2.0), Share("pictures", 4.0, 2.0), Share("text", 3.0), Share("short", 8.0, 16.0)),
             trains=ALL,
-            rate=1e-3,
+            rate=5e-4,
             rate_end_share=0.7,
-            num_warmup_steps=steps(40, scale),
+            num_warmup_steps=steps(20, scale),
             balance_weight=0.01,
         ),
         StageConfig(
             "2: minutes",
-            steps(320, scale),
+            steps(300, scale),
             context=16_384,
             tokens_per_pack=49_152,
             mixture=(Share("captions"), Share("pictures"), Share("text"), Share("short", 8.0, 6.0), Share("minutes", 4.0, 8.0)),
             trains=ALL,
-            rate=8e-4,
+            rate=4e-4,
             rate_end_share=0.7,
             num_warmup_steps=steps(20, scale),
             balance_weight=0.01,
         ),
         StageConfig(
             "3: long",
-            steps(120, scale),
+            steps(130, scale),
             context=65_536,
             tokens_per_pack=65_536,
             # Long to short about one to one in tokens: a clip of 5-20 minutes has some 27,000, one of 8-30 s some 1,200.
@@ -122,13 +122,13 @@ def pretraining(
                 Share("long", 1.2),
             ),
             trains=ALL,
-            rate=6e-4,
+            rate=3e-4,
             rate_end_share=0.5,
             num_warmup_steps=steps(10, scale),
             balance_weight=0.01,
         ),
     )
-    return run_config(model_dir, run_dir, out_dir, stages, num_workers, seed, fresh=("projector", "indexer"))
+    return run_config(model_dir, run_dir, out_dir, stages, num_workers, seed, fresh=("indexer",))
 
 
 def sparse(
@@ -140,60 +140,60 @@ def sparse(
     seed: int = 1,
 ) -> RunConfig:
     """Indexer warm-up, sparse adaptation up to an hour, SFT with the rate going to zero (report, DSA training and SFT)."""
-    adapted = (Share("captions", 0.5), Share("text", 0.5), Share("short", 6.0), Share("minutes", 5.0), Share("long", 1.0))
+    adapted = (Share("captions", 0.5), Share("text", 0.5), Share("short", 8.0), Share("minutes", 6.0), Share("long", 0.6))
     stages = (
         StageConfig(
             "indexer warm-up",
-            steps(150, scale),
+            steps(300, scale),
             context=16_384,
             tokens_per_pack=49_152,
             mixture=(Share("short", 4.0), Share("minutes", 6.0)),
             trains=("indexer",),
             indexer_target="dense",
             answer_weight=0.0,
-            rate=2e-3,
+            rate=2e-2,
             rate_end_share=0.1,
             num_warmup_steps=steps(10, scale),
         ),
         StageConfig(
             "sparse adaptation",
-            steps(600, scale),
+            steps(450, scale),
             context=65_536,
             tokens_per_pack=65_536,
             mixture=adapted,
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 5e-4},
-            rate=6e-4,
+            rates={"indexer": 3e-3},
+            rate=5e-4,
             rate_end_share=0.5,
             num_warmup_steps=steps(20, scale),
             balance_weight=0.01,
         ),
         StageConfig(
             "an hour",
-            steps(15, scale),
+            steps(12, scale),
             context=HOUR_CONTEXT,
             tokens_per_pack=HOUR_CONTEXT,
             mixture=(Share("short", 6.0), Share("minutes", 5.0), Share("long", 1.0), Share("hour", 1.0)),
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 4e-4},
+            rates={"indexer": 2e-3},
             rate=4e-4,
             rate_end_share=0.8,
             balance_weight=0.01,
         ),
         StageConfig(
             "SFT",
-            steps(300, scale),
+            steps(250, scale),
             context=65_536,
             tokens_per_pack=65_536,
-            mixture=(Share("pictures", 0.5), Share("short", 7.0), Share("minutes", 6.0), Share("long", 0.8)),
+            mixture=(Share("pictures", 0.5), Share("short", 12.0), Share("minutes", 6.0), Share("long", 0.5)),
             trains=WITH_INDEXER,
             attention="sparse",
             indexer_target="selected",
-            rates={"indexer": 3e-4},
+            rates={"indexer": 2e-3},
             rate=4e-4,
             rate_end_share=0.0,
             balance_weight=0.01,
@@ -242,6 +242,7 @@ def run_config(
         seed=seed,
         fresh=fresh,
         optimizer="muon",
+        indexer_optimizer="muon",
         clip=1.0,
         num_workers=num_workers,
         save_every_seconds=120.0,

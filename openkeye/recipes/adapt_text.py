@@ -12,13 +12,13 @@ from dataclasses import replace
 from openkeye.data.config import Share, SourceConfig
 from openkeye.train.config import RunConfig, StageConfig
 
-TEXT = "text"
-CONTEXT = 8192
-PACK_CONTEXTS = 4
-# contexts that a pack is long: documents of about 0.7 contexts then leave a tenth of it empty, not a third
-WARM_UP_RATE = 1e-3
+SHORT, LONG = "short pieces", "long pieces"
+MIXED = (Share(SHORT, 4.0), Share(LONG, 1.0))
+# about equally many tokens of each
+WARM_UP_RATE = 3e-2
+# of the indexer's matrices, which Muon steps; its gates take a tenth
+INDEXER_RATE = 5e-3
 TRUNK_RATE = 1.5e-5
-INDEXER_RATE = 1e-4
 
 
 def adapt_text(
@@ -26,39 +26,51 @@ def adapt_text(
     data: str,
     run_dir: str,
     out_dir: str,
-    context: int = CONTEXT,
-    warm_up_steps: int = 200,
-    adaptation_steps: int = 160,
-    packs_per_step: int = 2,
+    context: int = 8192,
+    short_context: int = 2048,
+    short_steps: int = 600,
+    warm_up_steps: int = 500,
+    adaptation_steps: int = 300,
     seed: int = 0,
 ) -> RunConfig:
-    """Indexer warm-up, then sparse adaptation (report, section 2), on the text files of a folder.
+    """Indexer warm-up on short, then on short and long pieces, then sparse adaptation (report, section 2), on plain text files.
 
-    Steps are of 65,536 tokens: 13.1M for the indexer alone under dense attention, then 10.5M for everything under sparse
-    attention. For SmolLM2-135M on one H100 that is meant to take 2 and 3 minutes, at 110,000 and 60,000 tokens a second: an
-    estimate from counted operations, 1.2 and 2.1 billion a token, at a tenth to a seventh of the GPU's bf16 rate.
+    Many small steps: at equal numbers of tokens, steps of 8,192 taught a layer's indexer far more than steps of 32,768
+    (`docs/experiment_log.md`). Steps are of 8,192 tokens on short pieces and of 16,384 afterwards.
 
     Args:
         data: a folder of .txt files, or one file.
         context: tokens of the longest document; texts are cut into pieces of three quarters of it, four bytes counted as a
             token, so that pieces with many rare words fit too.
+        short_context: the same for short pieces.
     """
-    warm_up = StageConfig(
+    short = StageConfig(
         name="warm-up",
-        num_steps=warm_up_steps,
-        context=context,
-        mixture=(Share(TEXT),),
-        tokens_per_pack=PACK_CONTEXTS * context,
-        packs_per_step=packs_per_step,
+        num_steps=short_steps,
+        context=short_context,
+        mixture=(Share(SHORT),),
+        tokens_per_pack=4 * short_context,
         trains=("indexer",),
         attention="dense",
         indexer_target="dense",
         rate=WARM_UP_RATE,
-        num_warmup_steps=warm_up_steps // 10,
+        rate_end_share=0.3,
+        num_warmup_steps=short_steps // 20,
         answer_weight=0.0,
     )
+    long = replace(
+        short,
+        name="long warm-up",
+        num_steps=warm_up_steps,
+        context=context,
+        mixture=MIXED,
+        tokens_per_pack=2 * context,
+        rate=0.5 * WARM_UP_RATE,
+        rate_end_share=0.05,
+        num_warmup_steps=0,
+    )
     adaptation = replace(
-        warm_up,
+        long,
         name="adaptation",
         num_steps=adaptation_steps,
         trains=("decoder", "indexer"),
@@ -66,16 +78,19 @@ def adapt_text(
         indexer_target="selected",
         emulates_e4m3=True,
         rate=TRUNK_RATE,
+        rate_end_share=0.1,
         rates={"indexer": INDEXER_RATE},
         num_warmup_steps=adaptation_steps // 10,
         answer_weight=1.0,
     )
+    pieces = {SHORT: short_context, LONG: context}
     return RunConfig(
         model_dir=model_dir,
         run_dir=run_dir,
         out_dir=out_dir,
-        sources={TEXT: SourceConfig("text_files", data, {"tokens": context * 3 // 4})},
-        stages=(warm_up, adaptation),
+        sources={name: SourceConfig("text_files", data, {"tokens": size * 3 // 4}) for name, size in pieces.items()},
+        stages=(short, long, adaptation),
         seed=seed,
+        indexer_optimizer="muon",
         weight_decay=0.0,
     )

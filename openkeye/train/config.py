@@ -131,6 +131,8 @@ class RunConfig:
     # of PARTS: initialised anew instead of loaded
     optimizer: str = "adamw"
     # or "muon": matrices of the trunk by orthogonalised momentum, the rest by AdamW
+    indexer_optimizer: str = "adamw"
+    # or "muon": the same for the indexer's matrices, its gates apart; it learns several times faster then
     weight_decay: float = 0.05
     clip: float = 1.0
     compute_dtype: str = "auto"
@@ -166,6 +168,7 @@ class RunConfig:
         if unknown := [part for part in self.fresh if part not in PARTS]:
             raise InputError(f"fresh names {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
         _check_one_of("run", "optimizer", self.optimizer, OPTIMIZERS)
+        _check_one_of("run", "indexer_optimizer", self.indexer_optimizer, OPTIMIZERS)
         _check_one_of("run", "compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         for name, least in (("num_shards", 0), ("num_workers", 0), ("log_every", 1), ("metrics_every", 1)):
             _check_least("run", name, getattr(self, name), least)

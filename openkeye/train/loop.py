@@ -179,7 +179,8 @@ class Trainer:
         if number == len(self.config.stages):
             return
         stage = self.config.stages[number]
-        self.optimizer.train(trained_parameters(self.keye, stage.trains, self.config.optimizer))
+        rules = (self.config.optimizer, self.config.indexer_optimizer)
+        self.optimizer.train(trained_parameters(self.keye, stage.trains, *rules))
         follow_what_trains(self.loss_model)
         self.loss_model.prepare(stage, self.config.recomputes)
 

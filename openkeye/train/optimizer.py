@@ -1,4 +1,4 @@
-"""AdamW, and Muon for the trunk's matrices, on fp32 parameters that may be shared out among ranks.
+"""AdamW, and Muon for matrices, on fp32 parameters that may be shared out among ranks.
 
 Muon orthogonalises the momentum of each matrix by a Newton-Schulz iteration (Jordan et al. 2024), with the update scaled by
 0.2 * sqrt(max(rows, columns)) so that its size matches AdamW's (Liu et al. 2025): one rate serves both.
@@ -28,7 +28,7 @@ class Moments:
 
     first: Tensor
     second: Tensor | None
-    # AdamW's; Muon has none
+    # AdamW's; Muon has none, but for the rows that it leaves to AdamW
     num_steps: Tensor
     # fp32, of AdamW's bias correction
 
@@ -70,8 +70,8 @@ class Optimizer:
         groups: dict[tuple, list[TrainedParameter]] = defaultdict(list)
         for one in self.parameters:
             shape = tuple(one.parameter.shape) if one.rule == "muon" else ()
-            groups[one.part, one.rule, one.decays, shape].append(one)
-        for (part, rule, decays, _), group in groups.items():
+            groups[one.part, one.rule, one.decays, shape, one.num_adamw_rows, one.adamw_share].append(one)
+        for (part, rule, decays, *_), group in groups.items():
             decay = self.weight_decay if decays else 0.0
             update = self._muon if rule == "muon" else self._adamw
             update(group, rates[part], decay, divisor, is_finite)
@@ -80,6 +80,7 @@ class Optimizer:
         return norm
 
     def _adamw(self, group: list[TrainedParameter], rate: float, decay: float, divisor: Tensor, is_finite: Tensor) -> None:
+        rate = rate * group[0].adamw_share
         # Ranks that hold no row of a short parameter have nothing to step.
         group = [one for one in group if own_part(one.parameter).numel()]
         moments = [self.moments[one.name] for one in group]
@@ -103,16 +104,17 @@ class Optimizer:
         )
 
     def _muon(self, group: list[TrainedParameter], rate: float, decay: float, divisor: Tensor, is_finite: Tensor) -> None:
-        """Parameters of one shape, all matrices or all stacks of experts."""
+        """Parameters of one shape, all matrices or all stacks of experts, with equally many last rows that are AdamW's."""
         parts = [own_part(one.parameter) for one in group]
         kept = is_finite.float()
-        gradients = [torch.where(is_finite, _own_gradient(one) / divisor, 0.0).bfloat16() for one in group]
+        wide = [torch.where(is_finite, _own_gradient(one) / divisor, 0.0) for one in group]
         firsts = [own_part(self.moments[one.name].first) for one in group]
+        gradients = [gradient.to(first.dtype) for gradient, first in zip(wide, firsts, strict=True)]
         for first, gradient in zip(firsts, gradients, strict=True):
             first.copy_(torch.where(is_finite, first.lerp(gradient, 1 - MUON_MOMENTUM), first))
         # Nesterov: look one momentum step ahead.
         aheads = [gradient.lerp(first, MUON_MOMENTUM) for first, gradient in zip(firsts, gradients, strict=True)]
-        rows, columns = group[0].parameter.shape[-2:]
+        rows, columns = group[0].parameter.shape[-2] - group[0].num_adamw_rows, group[0].parameter.shape[-1]
         if group[0].parameter.ndim == 3:
             # Whole experts lie on each rank.
             sizes = [ahead.shape[0] for ahead in aheads]
@@ -120,10 +122,24 @@ class Optimizer:
         else:
             stack = torch.stack([whole(ahead, one.parameter) for ahead, one in zip(aheads, group, strict=True)])
             own = [own_rows(one.parameter) for one in group]
-            directions = [matrix[part] for matrix, part in zip(orthogonalise(stack), own, strict=True)]
+            directions = [matrix[part] for matrix, part in zip(orthogonalise(stack[:, :rows]), own, strict=True)]
         scale = rate * 0.2 * max(rows, columns) ** 0.5 * kept
         for part, direction in zip(parts, directions, strict=True):
-            part.mul_(1 - rate * decay * kept).sub_(direction * scale)
+            part[: len(direction)].mul_(1 - rate * decay * kept).sub_(direction * scale)
+        if group[0].num_adamw_rows:
+            for one, part, gradient, direction in zip(group, parts, wide, directions, strict=True):
+                last = slice(len(direction), None)
+                self._adamw_rows(self.moments[one.name], part, gradient, last, rate * one.adamw_share, kept)
+
+    def _adamw_rows(self, moments: Moments, part: Tensor, gradient: Tensor, rows: slice, rate: float, kept: Tensor) -> None:
+        """Some rows of this rank's part; their first moment is Muon's, which is up to date by now."""
+        assert moments.second is not None
+        moments.num_steps.add_(kept)
+        first, second = own_part(moments.first)[rows], own_part(moments.second)[rows]
+        second.lerp_(gradient[rows].square(), (1 - BETAS[1]) * kept)
+        num_steps = moments.num_steps.clamp(min=1)
+        unbiased = (second / (1 - BETAS[1] ** num_steps)).sqrt_().add_(1e-8)
+        part[rows].sub_(first / (1 - MUON_MOMENTUM**num_steps) / unbiased * (rate * kept))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name; the tensors themselves, to be read or written in place."""
@@ -136,7 +152,7 @@ class Optimizer:
 def _fresh_moments(one: TrainedParameter) -> Moments:
     like = one.parameter.detach()
     num_steps = torch.zeros((), device=own_part(like).device)
-    if one.rule == "muon":
+    if one.rule == "muon" and not one.num_adamw_rows:
         return Moments(torch.zeros_like(like, dtype=torch.bfloat16), None, num_steps)
     return Moments(torch.zeros_like(like), torch.zeros_like(like), num_steps)
 

@@ -48,7 +48,12 @@ def straight(folder: Path) -> RunConfig:
 
 
 def named_run(folder: Path, name: str, **changes: object) -> RunConfig:
-    where = {"run_dir": str(folder / name), "out_dir": str(folder / f"{name}-out"), "optimizer": "muon"}
+    where = {
+        "run_dir": str(folder / name),
+        "out_dir": str(folder / f"{name}-out"),
+        "optimizer": "muon",
+        "indexer_optimizer": "muon",
+    }
     return toy_run(folder, *STAGES, **{**where, **changes})
 
 
@@ -133,7 +138,14 @@ def test_from_two_ranks_to_four_to_one(folder: Path):
     changes = ({}, WARM_UP, ADAPTATION)
     stages = [toy_stage(f"stage {i}", num_steps=2, packs_per_step=4, rate=1e-5, **one) for i, one in enumerate(changes)]
     moved, unmoved = (
-        toy_run(folder, *stages, run_dir=str(folder / name), out_dir=str(folder / f"{name}-out"), optimizer="muon")
+        toy_run(
+            folder,
+            *stages,
+            run_dir=str(folder / name),
+            out_dir=str(folder / f"{name}-out"),
+            optimizer="muon",
+            indexer_optimizer="muon",
+        )
         for name in ("moved", "unmoved")
     )
     output = run_jobs(folder, Job(moved, 2, stop_after_seconds=0), Job(moved, 4, stop_after_seconds=0))

@@ -9,7 +9,7 @@ from torch import nn
 from openkeye.model.keye import KeyeModel
 from openkeye.train.groups import part_of, trained_parameters
 from openkeye.train.initialise import initialise
-from openkeye.train.optimizer import BETAS, Optimizer, gradient_norm, orthogonalise
+from openkeye.train.optimizer import BETAS, MUON_MOMENTUM, Optimizer, gradient_norm, orthogonalise
 from openkeye.train.slots.optimizer import Optimizer as SlotOptimizer
 from openkeye.train.slots.optimizer import ParameterGroup
 from tests.train.toy_runs import TOY
@@ -31,9 +31,11 @@ def set_gradients(model: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
 
 
-def optimizer_of(model: KeyeModel, rule: str = "adamw", clip: float = 1.0, trains: tuple[str, ...] = PARTS) -> Optimizer:
+def optimizer_of(
+    model: KeyeModel, rule: str = "adamw", clip: float = 1.0, trains: tuple[str, ...] = PARTS, indexer_rule: str = "adamw"
+) -> Optimizer:
     optimizer = Optimizer(CPU, clip, weight_decay=0.1)
-    optimizer.train(trained_parameters(model, trains, rule))
+    optimizer.train(trained_parameters(model, trains, rule, indexer_rule))
     return optimizer
 
 
@@ -88,9 +90,35 @@ def test_what_goes_where(model: KeyeModel):
     assert not any(one.decays for one in by_name.values() if one.name.endswith("bias"))
 
 
+def test_an_indexer_learns_by_muon_and_its_gates_by_adamw(model: KeyeModel):
+    name = "model.layers.0.self_attn.sa_indexer."
+    query, key = (model.get_parameter(f"{name}{matrix}_proj.weight") for matrix in "qk")
+    num_gates = TOY.indexer.num_heads
+    gates = nn.Parameter(query.detach()[-num_gates:].clone())
+    expected = torch.optim.AdamW([gates], lr=1e-3, betas=(MUON_MOMENTUM, BETAS[1]), weight_decay=0.0)
+    optimizer = optimizer_of(model, clip=1e9, indexer_rule="muon")
+    assert {one.name for one in optimizer.parameters if one.rule == "muon"} == {
+        f"model.layers.{layer}.self_attn.sa_indexer.{matrix}_proj.weight"
+        for layer in range(len(model.model.layers))
+        for matrix in "qk"
+    }
+    for step in range(3):
+        before = [x.detach().clone() for x in (query, key)]
+        set_gradients(model, step)
+        gates.grad = query.grad[-num_gates:].clone()
+        optimizer.step(dict.fromkeys(PARTS, 1e-2))
+        expected.step()
+        assert torch.allclose(query[-num_gates:], gates, atol=1e-6)
+        for now, then in zip((query[:-num_gates], key), (before[0][:-num_gates], before[1]), strict=True):
+            moved = (now.detach() - then) / (1e-2 * 0.2 * max(now.shape) ** 0.5)
+            # An orthogonalised update moves every direction about equally far, but for one that the gradient hardly has.
+            sizes = torch.linalg.svdvals(moved)
+            assert float(sizes[-2]) > 0.6 and float(sizes[0]) < 1.3
+
+
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
 def test_a_gradient_that_is_no_number_changes_nothing(model: KeyeModel, rule: str):
-    optimizer = optimizer_of(model, rule)
+    optimizer = optimizer_of(model, rule, indexer_rule=rule)
     set_gradients(model, 0)
     optimizer.step(dict.fromkeys(PARTS, 1e-2))
     before = [tensor.clone() for tensor in (*model.parameters(), *optimizer.state_tensors().values())]

