@@ -42,20 +42,19 @@ def changes(before: Database, after: Database) -> set[Change]:
     return found
 
 
-def compare(first: Database, wanted: Database, got: Database) -> tuple[float, bool]:
-    """(share of the wanted changes that hold, whether the two states are one), whatever ids the created rows have.
+def compare_states(first: Database, wanted: Database, got: Database) -> tuple[int, int, bool]:
+    """(wanted changes that hold, wanted changes, whether the two states are one), whatever ids the created rows have.
 
     Args:
         first: the state that both came from.
     """
     demanded = changes(first, wanted)
-    best, is_same = 0.0, False
+    best, is_same = 0, False
     for renamed in _renamings(first, wanted, got):
         made = changes(first, renamed)
-        share = len(demanded & made) / len(demanded) if demanded else float(not made)
         is_same = is_same or made == demanded
-        best = max(best, share)
-    return best, is_same
+        best = max(best, len(demanded & made))
+    return best, len(demanded), is_same
 
 
 def _renamings(first: Database, wanted: Database, got: Database) -> Iterator[Database]:

@@ -81,6 +81,8 @@ class Action:
         words = [self.verb, self.entity]
         if self.kind in ("update", "total") and self.field:
             words.insert(1, self.field)
+        if self.kind == "find":
+            words += ["by", self.filters[0]]
         return "_".join(words).replace(" ", "_")
 
     @property
