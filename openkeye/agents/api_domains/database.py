@@ -79,7 +79,9 @@ def _renamed(state: Database, names: dict[str, str]) -> Database:
     # Ids are unique over all tables, and no other text looks like one.
     tables = {
         entity: {
-            names.get(key, key): {name: names.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+            names.get(key, key): {
+                name: names.get(value, value) if isinstance(value, str) else value for name, value in row.items()
+            }
             for key, row in table.items()
         }
         for entity, table in state.tables.items()

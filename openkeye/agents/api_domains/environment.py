@@ -79,7 +79,14 @@ class ApiEnvironment:
         """See `scoring.rewards`."""
         is_elsewhere_unchanged = not any(map(changes, self.firsts[1:], self.databases[1:]))
         return rewards(
-            self.worlds[0], self.goal, self.firsts[0], self.wanted(), self.databases[0], self.calls, self.answers, is_elsewhere_unchanged
+            self.worlds[0],
+            self.goal,
+            self.firsts[0],
+            self.wanted(),
+            self.databases[0],
+            self.calls,
+            self.answers,
+            is_elsewhere_unchanged,
         )
 
     async def judge(self, judge: ModelClient) -> float:

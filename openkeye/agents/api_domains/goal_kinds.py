@@ -32,7 +32,9 @@ def read(drawer: GoalDrawer, num_calls: int) -> Goal:
             fields = drawer.domain.entities[entity].fields
             row = drawer.database.tables[entity][key]
             hops = [
-                hop for hop, cell in fields.items() if cell.target in getters and row[hop] and (cell.target, row[hop]) not in road
+                hop
+                for hop, cell in fields.items()
+                if cell.target in getters and row[hop] and (cell.target, row[hop]) not in road
             ]
             if not hops:
                 break
@@ -40,9 +42,7 @@ def read(drawer: GoalDrawer, num_calls: int) -> Goal:
             entity, key = fields[hop].target, str(row[hop])
             road.append((entity, key))
             words = f"the {drawer.phrases.label(hop)} of {words}"
-        names = [
-            name for name, value in drawer.database.tables[entity][key].items() if value is not None
-        ]
+        names = [name for name, value in drawer.database.tables[entity][key].items() if value is not None]
         if len(road) == num_calls and names:
             name = drawer.rng.choice(names)
             for step in road:
@@ -112,7 +112,9 @@ def compare(drawer: GoalDrawer, num_calls: int) -> Goal:
         for key in pair:
             drawer.run(getters[entity], {"id": key})
         mentions = " or ".join(drawer.phrases.mention(entity, key) for key in pair)
-        question = f"{sentence(f'which has the higher {drawer.phrases.label(name)}, {mentions}', '?')} Answer with its id alone."
+        question = (
+            f"{sentence(f'which has the higher {drawer.phrases.label(name)}, {mentions}', '?')} Answer with its id alone."
+        )
         request = f"{_request(drawer, texts)} {question}" if texts else question
         return _answered("compare", drawer, request, pair[cells[0] < cells[1]])
     raise NoGoal
@@ -123,9 +125,7 @@ def condition(drawer: GoalDrawer, num_calls: int) -> Goal:
     if num_calls < 2:
         raise NoGoal
     entity, key, name = drawer.row_with_field()
-    getter = next(
-        action for action in drawer.domain.actions.values() if action.kind == "get" and action.entity == entity
-    )
+    getter = next(action for action in drawer.domain.actions.values() if action.kind == "get" and action.entity == entity)
     cell, value = drawer.domain.entities[entity].fields[name], drawer.database.tables[entity][key][name]
     is_true = drawer.rng.random() < 0.5
     if cell.is_quantity and isinstance(value, int):

@@ -111,7 +111,9 @@ class GoalDrawer:
         calls, self.calls = tuple(self.calls), []
         return calls
 
-    def draw_call(self, wants: Callable[[Action, Outcome, bool], bool], is_linked: bool = False) -> tuple[Action, dict[str, Any]]:
+    def draw_call(
+        self, wants: Callable[[Action, Outcome, bool], bool], is_linked: bool = False
+    ) -> tuple[Action, dict[str, Any]]:
         """An action that changes rows and whose outcome is as wanted, not yet done for good.
 
         Args:

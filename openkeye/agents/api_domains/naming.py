@@ -66,7 +66,20 @@ ARGUMENTS = {
 NEUTRAL_TOOLS = ("tool", "action", "op", "function", "call", "step", "service", "command")
 NEUTRAL_ARGUMENTS = ("arg", "field", "param", "input", "slot", "x")
 # with a number behind
-MORE_PLAIN_WORDS = ("circle", "square", "heart", "star", "triangle", "cross", "screen", "video", "word", "moment", "digit", "move")
+MORE_PLAIN_WORDS = (
+    "circle",
+    "square",
+    "heart",
+    "star",
+    "triangle",
+    "cross",
+    "screen",
+    "video",
+    "word",
+    "moment",
+    "digit",
+    "move",
+)
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -191,4 +204,6 @@ def _argument_choices(name: str, labels: Mapping[str, str], rng: Random) -> Iter
     if rng.random() < 0.6:
         yield from synonyms
     while True:
-        yield rng.choice((f"{rng.choice(NEUTRAL_ARGUMENTS)}_{rng.randint(1, 9)}", invented_word(rng), f"{label}_{rng.randint(1, 9)}"))
+        yield rng.choice(
+            (f"{rng.choice(NEUTRAL_ARGUMENTS)}_{rng.randint(1, 9)}", invented_word(rng), f"{label}_{rng.randint(1, 9)}")
+        )

@@ -91,7 +91,7 @@ class Phrases:
         return f"what is the {superlative} {self.label(action.field)} of the {entity}{which}"
 
     def clause(self, entity: str, arguments: Mapping[str, Any]) -> str:
-        """" with kind suite and floor 3"; empty without arguments."""
+        """ " with kind suite and floor 3"; empty without arguments."""
         parts = [f"{self.label(name)} {value}" for name, value in arguments.items()]
         return f" with {_list(parts, 'and')}" if parts else ""
 

@@ -142,7 +142,12 @@ class Domain:
             )
             entities.append(tuple(kinds))
         actions = sorted(
-            (action.kind, order[action.entity], len(action.filters), tuple(sorted(type(rule).__name__ for rule in action.rules)))
+            (
+                action.kind,
+                order[action.entity],
+                len(action.filters),
+                tuple(sorted(type(rule).__name__ for rule in action.rules)),
+            )
             for action in self.actions.values()
         )
         return tuple(entities), tuple(actions)

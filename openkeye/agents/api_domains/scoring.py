@@ -72,7 +72,11 @@ def argument_consistency(domain: Domain, goal: Goal, calls: Sequence[CallRecord]
     left = [call for call in calls if call.domain == domain.name and call.is_valid]
     total = 0.0
     for wanted in goal.calls:
-        scored = [(_agreement(wanted.arguments, call.arguments), -number) for number, call in enumerate(left) if call.action == wanted.action]
+        scored = [
+            (_agreement(wanted.arguments, call.arguments), -number)
+            for number, call in enumerate(left)
+            if call.action == wanted.action
+        ]
         if scored:
             share, number = max(scored)
             total += share
@@ -96,7 +100,9 @@ def _bare(text: str) -> str:
 
 def _agreement(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> float:
     names = {*wanted, *given}
-    return sum(name in wanted and name in given and wanted[name] == given[name] for name in names) / len(names) if names else 1.0
+    return (
+        sum(name in wanted and name in given and wanted[name] == given[name] for name in names) / len(names) if names else 1.0
+    )
 
 
 JUDGE_TASK = (
@@ -105,9 +111,7 @@ JUDGE_TASK = (
 )
 
 
-async def judged(
-    judge: ModelClient, domain: Domain, goal: Goal, first: Database, wanted: Database, got: Database
-) -> float:
+async def judged(judge: ModelClient, domain: Domain, goal: Goal, first: Database, wanted: Database, got: Database) -> float:
     """1 where the judge says yes of the final state, 0 where it says anything else.
 
     Raises:

@@ -152,9 +152,7 @@ class _Transaction(_Speaker):
         action = self.action
         if action.kind == "get":
             return Outcome(rows=((action.entity, str(self.values["id"])),))
-        chosen = [
-            key for key, row in self._table.items() if all(row[name] == value for name, value in self.values.items())
-        ]
+        chosen = [key for key, row in self._table.items() if all(row[name] == value for name, value in self.values.items())]
         if action.kind == "find":
             return Outcome(rows=tuple((action.entity, key) for key in chosen))
         cells = [value for key in chosen if isinstance(value := self._table[key].get(action.field), int)]
@@ -330,9 +328,7 @@ def _overfull(
     return f"{labels.get(name, name)} of {labels.get(holder, holder)} {row[holder]} leaves only {left}"
 
 
-def _overlap(
-    fields: Mapping[str, Field], rule: Free, row: Row, counted: list[Row], labels: Mapping[str, str]
-) -> str:
+def _overlap(fields: Mapping[str, Field], rule: Free, row: Row, counted: list[Row], labels: Mapping[str, str]) -> str:
     hour = next(name for name, field in fields.items() if field.kind == "hour")
     same = [rule.resource, *(name for name, field in fields.items() if field.kind == "day")]
     for other in counted:

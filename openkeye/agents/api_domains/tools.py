@@ -85,7 +85,9 @@ def error_text(fault: str, error: str, is_plain: bool) -> str:
 def _plain_rows(action: Action, rows: Sequence[Mapping[str, Any]]) -> str:
     if not action.is_read:
         return "done" + (f": {rows[0]['id']}" if action.kind in CREATES else "")
-    told = [f"{row['id']}: " + ", ".join(f"{name} {row[name]}" for name in row if name != "id") for row in rows[:MAX_ROWS_PLAIN]]
+    told = [
+        f"{row['id']}: " + ", ".join(f"{name} {row[name]}" for name in row if name != "id") for row in rows[:MAX_ROWS_PLAIN]
+    ]
     if len(rows) > MAX_ROWS_PLAIN:
         told.append(f"and {len(rows) - MAX_ROWS_PLAIN} more")
     return "\n".join(told) or "none"
