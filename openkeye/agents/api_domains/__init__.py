@@ -1,1 +1,1 @@
-"""Simulated services with a memory: domains as data, one simulator, goals with reference solutions, rewards from the database."""
+"""Simulated services with a memory: domains as data, one simulator, goals with reference solutions, rewards."""

@@ -1,7 +1,9 @@
 """`ApiEnvironment`: one episode of a user with a wish, a model with tools, and a world behind them."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -20,6 +22,7 @@ from openkeye.agents.model_client import Message, ModelClient, ModelReply
 
 SPARE_REPLIES = 4
 # beyond the reference solution's, until an episode is cut off
+CALL_PATTERN = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class ApiEnvironment:
     async def step(self, reply: ModelReply) -> Observation:
         """Run the reply's calls in order; a reply without any ends the user's turn."""
         self.num_replies += 1
+        reply = with_calls_of_text(reply)
         messages: list[Message] = []
         for text in reply.malformed:
             self.calls.append(CallRecord("", "", {}, "malformed"))
@@ -154,6 +158,23 @@ class ApiEnvironment:
         return run_call(domain, self.databases[number], action, arguments, labels), arguments
 
 
+def with_calls_of_text(reply: ModelReply) -> ModelReply:
+    """The reply with the calls that stand in its text only, as they do where nobody took it apart."""
+    if reply.tool_calls or reply.malformed or "<tool_call>" not in reply.text:
+        return reply
+    calls, malformed = [], []
+    for number, text in enumerate(CALL_PATTERN.findall(reply.text)):
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict) and isinstance(content.get("name"), str):
+            calls.append({"id": f"call_{number}", "name": content["name"], "arguments": content.get("arguments", {})})
+        else:
+            malformed.append(text.strip())
+    return replace(reply, text=CALL_PATTERN.sub("", reply.text).strip(), tool_calls=tuple(calls), malformed=tuple(malformed))
+
+
 def make_environment(
     domain: Domain,
     seed: str,
@@ -183,7 +204,7 @@ def make_environment(
     used = list(dict.fromkeys(call.action for call in goal.calls))
     others = [(0, name) for name in domain.actions if name not in used]
     rng.shuffle(others)
-    foreign = [(1, name) for name in worlds[1].actions] if decoy is not None else []
+    foreign = [(1, name) for name in decoy.actions] if decoy is not None else []
     rng.shuffle(foreign)
     tools = [*((0, name) for name in used), *[*others, *foreign][:num_distractors]]
     rng.shuffle(tools)

@@ -76,7 +76,7 @@ def total(drawer: GoalDrawer, num_calls: int) -> Goal:
     for _ in range(20):
         action = drawer.rng.choice(actions)
         cells = drawer.domain.entities[action.entity].fields
-        rows = [row for row in drawer.database.tables[action.entity].values()]
+        rows = list(drawer.database.tables[action.entity].values())
         if not rows:
             continue
         row = drawer.rng.choice(rows)

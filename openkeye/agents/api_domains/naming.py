@@ -1,6 +1,6 @@
-"""What tools, arguments, tables and fields are called in one episode. Drawn anew for every episode, so that no name can be learnt.
+"""What tools, arguments, tables and fields are called in one episode: drawn anew each time, so that no name can be learnt.
 
-Descriptions, requests and results all speak the same labels; only tools (and, in full wording, arguments) have names beside them.
+Descriptions, requests and results speak the same labels; only tools (and, in full wording, arguments) have names beside them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

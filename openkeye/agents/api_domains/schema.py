@@ -7,6 +7,7 @@ changes.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 from openkeye.agents.api_domains.rules import Effect, Fits, Free, Limit, Rule, parse_rule
 
@@ -137,7 +138,7 @@ class Domain:
         entities = []
         for entity in self.entities.values():
             kinds = sorted(
-                (cell.kind, order.get(cell.target, -1), len(cell.options), len(cell.moves), cell.is_optional)
+                (cell.kind, order.get(cell.target, -1), len(cell.options), _shape(cell), cell.is_optional)
                 for cell in entity.fields.values()
             )
             entities.append(tuple(kinds))
@@ -205,6 +206,11 @@ class Domain:
                 assert is_word or is_known, f"{where}: {operand!r} in {rule}"
 
 
+def _shape(cell: Field) -> tuple[tuple[int, int], ...]:
+    """A state machine without its words."""
+    return tuple((cell.options.index(start), cell.options.index(end)) for start, end in cell.moves)
+
+
 person, place, thing = (Field("text", (pool,)) for pool in ("person", "place", "thing"))
 day = Field("day")
 
@@ -239,7 +245,7 @@ def states(*roads: str) -> Field:
     moves: list[tuple[str, str]] = []
     for road in roads:
         steps = road.split(">")
-        moves += [pair for pair in zip(steps, steps[1:], strict=False) if pair not in moves]
+        moves += [pair for pair in pairwise(steps) if pair not in moves]
     return Field("state", tuple(dict.fromkeys(step for road in roads for step in road.split(">"))), moves=tuple(moves))
 
 
