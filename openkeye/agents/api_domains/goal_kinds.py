@@ -277,7 +277,7 @@ def _acts(drawer: GoalDrawer, num_calls: int) -> list[str]:
     while left > 0:
         before = len(drawer.calls)
         num_lookups = drawer.rng.randint(0, min(left - 1, 2))
-        texts.append(drawer.act(num_lookups, is_linked=bool(texts)))
+        texts.append(drawer.act(num_lookups, is_linked=bool(texts) and drawer.rng.random() < 0.6))
         left -= len(drawer.calls) - before
     return texts
 

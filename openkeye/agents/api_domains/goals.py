@@ -92,6 +92,8 @@ class GoalDrawer:
     evidence: list[str] = field(default_factory=list)
     touched: list[tuple[str, str]] = field(default_factory=list)
     # rows that calls changed, the newest last
+    done: set[tuple[str, str]] = field(default_factory=set)
+    # (action, id) of those calls
 
     def __post_init__(self) -> None:
         self.database = self.first.copy()
@@ -104,6 +106,7 @@ class GoalDrawer:
             self.evidence += evidence_of(action, arguments, outcome)
         else:
             self.touched += outcome.rows
+            self.done.add((action.name, str(arguments.get("id"))))
         return outcome
 
     def take_calls(self) -> tuple[Call, ...]:
@@ -125,7 +128,10 @@ class GoalDrawer:
         # Each action has its tries before the next one, so that those that are seldom possible are not crowded out.
         ways = [(action, attempt < NUM_TRIES // 2) for action in actions for attempt in range(NUM_TRIES)]
         for action, is_choosy in ways:
-            arguments = self._draw_arguments(action)
+            arguments = self.draw_arguments(action)
+            if arguments is not None and "id" in arguments and (action.name, arguments["id"]) in self.done:
+                # The same thing to the same row twice would mostly undo or hide the first.
+                continue
             if arguments is None or (is_linked and is_choosy and self.touched and not self._is_linked(arguments)):
                 continue
             draft = self.database.copy()
@@ -204,7 +210,7 @@ class GoalDrawer:
     def shown(self, entity: str, key: str, name: str) -> str:
         return str(show(self.domain.entities[entity].fields[name], self.database.tables[entity][key][name]))
 
-    def _draw_arguments(self, action: Action) -> dict[str, Any] | None:
+    def draw_arguments(self, action: Action) -> dict[str, Any] | None:
         arguments: dict[str, Any] = {}
         for item in self.domain.parameters(action):
             if item.field.target:
