@@ -6,6 +6,7 @@ from random import Random
 from openkeye.agents.api_domains.database import Database, changes, compare_states
 from openkeye.agents.api_domains.goals import Call, Goal, GoalDrawer, NoGoal, Turn, withheld
 from openkeye.agents.api_domains.phrases import Phrases, sentence
+from openkeye.agents.api_domains.rules import Effect
 from openkeye.agents.api_domains.schema import Domain
 from openkeye.agents.api_domains.simulator import run_call
 from openkeye.agents.api_domains.values import show
@@ -249,9 +250,11 @@ def draw_goal(
 
 
 def _is_minimal(domain: Domain, first: Database, goal: Goal) -> bool:
-    """Whether every call that changes something is needed: without it the world ends in another state."""
+    """Whether every call that changes something is needed, with all it says: the world would end in another state."""
     wanted = _end(domain, first, goal.calls)
     if not changes(first, wanted) and not any(turn.answer for turn in goal.turns):
+        return False
+    if _tells_twice(domain, first, goal.calls):
         return False
     for number, call in enumerate(goal.calls):
         if domain.actions[call.action].is_read:
@@ -261,6 +264,27 @@ def _is_minimal(domain: Domain, first: Database, goal: Goal) -> bool:
         if not is_refused and compare_states(first, wanted, without)[2]:
             return False
     return True
+
+
+def _tells_twice(domain: Domain, first: Database, calls: tuple[Call, ...]) -> bool:
+    """Whether a later call sets or deletes what an earlier one had set, so that the earlier word no longer shows."""
+    state, told = first.copy(), set()
+    for call in calls:
+        action = domain.actions[call.action]
+        outcome = run_call(domain, state, action, call.arguments)
+        if action.is_read or not outcome.is_done:
+            continue
+        names = [rule.path[0] for rule in action.rules if isinstance(rule, Effect) and rule.change == "=" and len(rule.path) == 1]
+        names += [name for name in call.arguments if name in domain.entities[action.entity].fields]
+        if action.kind == "unlink":
+            names.append(action.field)
+        for _, key in outcome.rows[:1]:
+            if any((key, name) in told for name in names):
+                return True
+            told |= {(key, name) for name in names}
+            if action.kind == "delete" and any(row == key for row, _ in told):
+                return True
+    return False
 
 
 def _end(domain: Domain, first: Database, calls: tuple[Call, ...]) -> Database:

@@ -55,7 +55,8 @@ def rewards(
     held, demanded, is_same = compare_states(first, wanted, got)
     asked = [(number, turn.answer) for number, turn in enumerate(goal.turns) if turn.answer]
     seen = {item for call in calls if call.domain == domain.name for item in call.evidence}
-    is_known = set(goal.evidence) <= seen
+    # Words count only where what they speak of was done, and seen or tried.
+    is_known = held == demanded and set(goal.evidence) <= seen
     right = sum(is_known and number < len(answers) and is_answer(answers[number], truth) for number, truth in asked)
     is_outcome = is_same and is_known and right == len(asked) and is_elsewhere_unchanged
     return {
