@@ -21,7 +21,7 @@ from openkeye.agents.environment import Observation, Opening
 from openkeye.agents.model_client import Message, ModelClient, ModelReply
 
 SPARE_REPLIES = 4
-# beyond the reference solution's, until an episode is cut off
+# and calls, beyond twice the reference solution's, until an episode is cut off
 CALL_PATTERN = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
 
 
@@ -43,6 +43,9 @@ class ApiEnvironment:
     calls: list[CallRecord] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     num_replies: int = 0
+
+    def __post_init__(self) -> None:
+        self.databases = self.databases or [first.copy() for first in self.firsts]
 
     async def reset(self) -> Opening:
         """Begin, or begin again, from the same first state."""
@@ -68,15 +71,15 @@ class ApiEnvironment:
             self.calls.append(CallRecord("", "", {}, "malformed"))
             error = error_text("argument", f"a call cannot be read: {text:.60}", self.is_plain)
             messages.append({"role": "user", "content": error})
-        for call in reply.tool_calls:
+        limit = 2 * (len(self.goal.calls) + len(self.goal.turns)) + SPARE_REPLIES
+        for call in reply.tool_calls[: max(limit - len(self.calls), 0)]:
             content = self._run(str(call["name"]), call["arguments"])
             messages.append({"role": "tool", "tool_call_id": call.get("id", ""), "name": call["name"], "content": content})
         if not reply.tool_calls and not reply.malformed:
             self.answers.append(reply.text)
             if len(self.answers) < len(self.goal.turns):
                 messages.append({"role": "user", "content": self.goal.turns[len(self.answers)].request})
-        limit = 2 * (len(self.goal.calls) + len(self.goal.turns)) + SPARE_REPLIES
-        is_done = len(self.answers) == len(self.goal.turns) or self.num_replies >= limit
+        is_done = len(self.answers) == len(self.goal.turns) or max(self.num_replies, len(self.calls)) >= limit
         return Observation(tuple(messages), is_done, {"num_calls": len(self.calls), "turn": len(self.answers)})
 
     async def score(self) -> Mapping[str, float]:
@@ -153,7 +156,7 @@ class ApiEnvironment:
         if unknown:
             error = f"no argument {unknown[0]!s:.40}; there are {', '.join(own)}"
             return Outcome("argument", error), {own.get(name, f"?{name}"): value for name, value in given.items()}
-        arguments = {own[name]: value for name, value in given.items()}
+        arguments = {own[name]: value for name, value in given.items() if value is not None}
         labels = {**self.naming.labels[domain.name], **shown}
         return run_call(domain, self.databases[number], action, arguments, labels), arguments
 
@@ -217,10 +220,7 @@ def reference_conversation(environment: ApiEnvironment) -> tuple[list[dict[str, 
     In plain wording calls stand in the assistant's text, for chat templates that do not write `tool_calls`.
     """
     opening = environment.opening()
-    copy = ApiEnvironment(
-        environment.worlds, environment.firsts, environment.goal, environment.tools, environment.naming, environment.is_plain,
-        [first.copy() for first in environment.firsts],
-    )  # fmt: skip
+    copy = replace(environment, databases=[], calls=[], answers=[])
     messages = [dict(message) for message in opening.messages]
     for number, replies in enumerate(environment.reference_replies()):
         if number:

@@ -202,7 +202,9 @@ def ask(drawer: GoalDrawer, num_calls: int) -> Goal:
         calls = drawer.take_calls()
         texts.append(drawer.do(action, arguments, hidden=hidden))
         name = drawer.phrases.label(hidden)
-        request = f"{_request(drawer, texts)} Ask me for the {name} first."
+        request = _request(drawer, texts)
+        if drawer.is_plain or drawer.rng.random() < 0.5:
+            request += f" Ask me for the {name} first."
         # What is asked for comes before anything is done: earlier actions belong to the second turn too.
         second = Turn(sentence(f"the {name} is {value}"), (*calls, *drawer.take_calls()))
         return Goal("ask", (Turn(request, reply=f"What is the {name}?"), second))
@@ -274,7 +276,9 @@ def _tells_twice(domain: Domain, first: Database, calls: tuple[Call, ...]) -> bo
         outcome = run_call(domain, state, action, call.arguments)
         if action.is_read or not outcome.is_done:
             continue
-        names = [rule.path[0] for rule in action.rules if isinstance(rule, Effect) and rule.change == "=" and len(rule.path) == 1]
+        names = [
+            rule.path[0] for rule in action.rules if isinstance(rule, Effect) and rule.change == "=" and len(rule.path) == 1
+        ]
         names += [name for name in call.arguments if name in domain.entities[action.entity].fields]
         if action.kind == "unlink":
             names.append(action.field)

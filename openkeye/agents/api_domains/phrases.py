@@ -37,7 +37,7 @@ class Phrases:
         if action.kind == "transfer":
             return f"{verb} {field} from {article(entity)} to another"
         if action.kind == "link":
-            return f"{verb} {article(field)} to {article(entity)}"
+            return f"{verb} {article(entity)}: {field}"
         if action.kind == "unlink":
             return f"{verb} the {field} of {article(entity)}"
         return f"{verb} {article(entity)}"
@@ -58,11 +58,7 @@ class Phrases:
         }
         row, field, amount = words.get("id", ""), self.label(action.field), words.get("amount", "some")
         if action.kind in CREATES:
-            targets = self.domain.entities[action.entity].fields
-            told = [
-                text if text.startswith(f"{self.label(name)} ") and targets[name].target else f"{self.label(name)} {text}"
-                for name, text in words.items()
-            ]
+            told = [self._told(action, name, text) for name, text in words.items()]
             return f"{verb} {article(entity)}" + (f": {', '.join(told)}" if told else "")
         if action.kind == "update":
             return f"set the {field} of {row}" + ("" if hidden else f" to {words[action.field]}")
@@ -73,13 +69,15 @@ class Phrases:
         if action.kind == "transfer":
             return f"{verb} {amount} of {field} from {words.get('source')} to {words.get('target')}"
         if action.kind == "link":
-            if hidden:
-                return f"{verb} {article(field)} to {row}"
-            target = words[action.field]
-            return f"{verb} {target if target.startswith((field, 'the ')) else f'{field} {target}'} to {row}"
+            return f"{verb} {row}" if hidden else f"{verb} {row}: {self._told(action, action.field, words[action.field])}"
         if action.kind == "unlink":
             return f"{verb} the {field} of {row}"
         return f"{verb} {row}"
+
+    def _told(self, action: Action, name: str, text: str) -> str:
+        """A field and its value; a reference whose words begin with the field's own name is enough by itself."""
+        label, cell = self.label(name), self.domain.entities[action.entity].fields[name]
+        return text if cell.target and text.startswith(f"{label} ") else f"{label} {text}"
 
     def question(self, action: Action, arguments: Mapping[str, Any]) -> str:
         """A total as a user asks for it."""

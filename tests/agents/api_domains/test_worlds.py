@@ -24,7 +24,13 @@ PERFECT = {"outcome": 1.0, "post_conditions": 1.0, "call_validity": 1.0, "argume
 def episodes() -> list[ApiEnvironment]:
     """One of each world and seed: 1, 2 or 4 calls, half of them renamed, a third in plain wording."""
     return [
-        make(domain, f"{seed} {domain.name}", (1, 2, 4)[(seed + number) % 3], is_renamed=(seed + number) % 2 == 0, is_plain=seed == 0)
+        make(
+            domain,
+            f"{seed} {domain.name}",
+            (1, 2, 4)[(seed + number) % 3],
+            is_renamed=(seed + number) % 2 == 0,
+            is_plain=seed == 0,
+        )
         for number, domain in enumerate(domains().values())
         for seed in SEEDS
     ]
@@ -62,7 +68,9 @@ def test_there_are_150_worlds_of_different_structure():
         for domain in domains().values()
     )
     assert len(rough) >= 0.95 * len(domains()), rough.most_common(5)
-    machines = {cell.moves for domain in domains().values() for table in domain.entities.values() for cell in table.fields.values()}
+    machines = {
+        cell.moves for domain in domains().values() for table in domain.entities.values() for cell in table.fields.values()
+    }
     assert len(machines) > 120
 
 
