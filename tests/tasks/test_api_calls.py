@@ -11,6 +11,9 @@ from tokenizers import Tokenizer
 
 from openkeye.agents.api_domains.catalogue import split
 from openkeye.common.checks import InputError
+from openkeye.data.convert import DocumentLimits, to_document
+from openkeye.data.sample import Sample
+from openkeye.inputs.processor import Processor
 from openkeye.tasks.api_calls import LEVELS, ApiCalls, reference_conversation, reference_conversations
 from openkeye.tasks.task import Response
 
@@ -74,13 +77,23 @@ def test_scoring_is_of_the_transcript_and_leaves_the_example_alone():
     example = task.read(8)
     before = pickle.dumps(example.environment)
     messages, _ = reference_conversation(example)
-    for response in (
-        Response("done"),
-        Response("", transcript=({"role": "assistant", "content": None},)),
-        Response("done", transcript=messages[-1:]),
-    ):
-        assert score(task, 8, response)["outcome"] == 0
+    mute = {"role": "assistant", "content": None}
+    for transcript in ((), (mute,), messages[-1:]):
+        rewards = asyncio.run(task.score(example, Response("done", transcript=transcript)))
+        assert rewards["outcome"] == 0
     assert pickle.dumps(example.environment) == before
+
+
+def test_plain_references_are_learnt_with_the_smallest_models_template():
+    processor = Processor.load(str(TOKENIZER.parent))
+    task = ApiCalls.at_level(3, wording="plain")
+    for number, (messages, tools) in enumerate(reference_conversations(task, range(12))):
+        sample = Sample(f"api_calls:{number}", messages, tools=tools, task="api_calls")
+        document = to_document(sample, processor, DocumentLimits(context=2048))
+        learnt = processor.tokenizer.decode(document.input_ids[document.is_learnt].tolist())
+        # Every call and every answer is learnt, and nothing that a tool or the user said.
+        said = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert learnt.replace("<|im_end|>", "") == "".join(said)
 
 
 def test_plain_prompts_are_short_in_the_smallest_models_tokens():

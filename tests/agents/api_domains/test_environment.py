@@ -64,7 +64,9 @@ def test_two_episodes_share_few_names_and_none_that_only_memory_knows():
     first, second = (make(WORLDS[0], seed, 1, num_distractors=99) for seed in ("a", "b"))
     shared = set(first.naming.tools.values()) & set(second.naming.tools.values())
     assert len(shared) <= 2
-    plain = make(WORLDS[0], "c", 1, num_distractors=99, is_plain=True)
+    plain, again = (make(WORLDS[0], seed, 1, num_distractors=99, is_plain=True) for seed in ("c", "d"))
+    for name in ("room", "price", "stay"):
+        assert plain.naming.labels["hotel"][name] != again.naming.labels["hotel"][name]
     assert not set(plain.naming.labels["hotel"].values()) & set(WORLDS[0].entities)
     own = make(WORLDS[0], "a", 1, is_renamed=False)
     assert all(own.naming.tools[tool_key(WORLDS[0], action)] == action.name for action in WORLDS[0].actions.values())
