@@ -18,7 +18,17 @@ SIDE = 1000.0
 MAX_BOXES = 256
 # that are looked at; matching takes the cube of their number
 BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d")
-NOTHING = ("none", "nothing", "no difference", "no differences", "no change", "no changes", "nothing changed", "no boxes", "no box")
+NOTHING = (
+    "none",
+    "nothing",
+    "no difference",
+    "no differences",
+    "no change",
+    "no changes",
+    "nothing changed",
+    "no boxes",
+    "no box",
+)
 QUADRUPLE = re.compile(r"[\[(]\s{0,4}" + r"\s{0,4},\s{0,4}".join([r"(-?\d{1,9}(?:\.\d{1,9})?)"] * 4) + r"\s{0,4}[\])]")
 
 

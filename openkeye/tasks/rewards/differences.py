@@ -47,7 +47,9 @@ def difference_score(
     return max(0.0, weights.f_soft * f_soft + weights.matched * share - weights.duplicate * num_duplicates)
 
 
-def score_edits(predicted: Sequence[Box] | None, gold: Sequence[Box], weights: DifferenceWeights, duplicate_iou: float) -> float:
+def score_edits(
+    predicted: Sequence[Box] | None, gold: Sequence[Box], weights: DifferenceWeights, duplicate_iou: float
+) -> float:
     """Boxes of edits; None (an answer that says nothing readable) is worth 0, also where nothing was edited."""
     if predicted is None or len(predicted) > MAX_BOXES:
         return 0.0
@@ -100,7 +102,9 @@ class DifferenceStructureReward:
         domain = str(fact(example, "domain"))
         gold = parse_operations(str(fact(example, "operations")), domain)
         if gold is None or any(operation is None for operation in gold):
-            raise InputError(f"{example.name}: its own operations cannot be read as {domain}: {fact(example, 'operations')!r:.80}")
+            raise InputError(
+                f"{example.name}: its own operations cannot be read as {domain}: {fact(example, 'operations')!r:.80}"
+            )
         known = [operation for operation in gold if operation is not None]
         predicted = parse_operations(answer_text(response), domain)
         return {self.name: score_operations(predicted, known, self.weights, self.tolerance)}

@@ -1,7 +1,7 @@
 """`LimitedWorker`: work that may hang, eat memory or crash, done by a process that is replaced when it does.
 
-The process is started as `python -m MODULE SECONDS BYTES` and speaks JSON lines: one request in, one reply out, in order. Its side
-is `serve`. It ends by itself when a request takes too long or nobody reads it any more, so that none outlives its owner.
+The process is started as `python -m MODULE SECONDS BYTES` and speaks JSON lines: one request in, one reply out, in order. Its
+side is `serve`. It ends by itself when a request takes too long or nobody reads it any more, so that none outlives its owner.
 """
 
 import contextlib
@@ -123,8 +123,8 @@ class LimitedWorker:
 def serve(work: Callable[[Any], Any], limit_seconds: float, limit_bytes: int) -> None:
     """The process' side: a reply for each request on standard input, until it closes.
 
-    `work` gets a request and returns what JSON can say. A request that takes longer than the limit ends the process, in whatever
-    library it is stuck: the alarm has its default action, which no code needs to let through.
+    `work` gets a request and returns what JSON can say. A request that takes longer than the limit ends the process, whatever
+    library it is stuck in: the alarm has its default action, which no code needs to let through.
     """
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -42,7 +42,7 @@ def maths_worker() -> LimitedWorker:
 def compare(gold: str, answer: str, worker: LimitedWorker | None = None) -> Comparison:
     """Whether an answer equals the gold one.
 
-    Equal texts and plain numbers need no algebra; everything else goes to the worker. An answer that hangs or kills it is wrong.
+    Equal texts and plain numbers need no algebra; everything else goes to the worker. What hangs or kills it is wrong.
     """
     gold, answer = gold[:MAX_ANSWER], answer[-MAX_ANSWER:]
     if not answer.strip():

@@ -3,8 +3,8 @@
     add segment(A, B)            remove circle(O)              set angle(A, B, C) = 60         rename point(A) = D
     move point(A, 2, 3.5)        set resistor(n1, n2) = 4.7k   set formula(X) = H2SO4          add bond(C1, C2) = double
 
-One operation is a verb, a kind of thing, names in brackets, numbers among them, and a value behind `=`. Lines or semicolons part
-them; `none` is the empty list.
+One operation is a verb, a kind of thing, names in brackets, numbers among them, and a value behind `=`. Lines or semicolons
+part them; `none` is the empty list.
 """
 
 import re

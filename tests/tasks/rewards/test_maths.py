@@ -47,7 +47,9 @@ def test_a_worker_that_hangs_is_replaced(worker):
     assert time.monotonic() - start < 8.0
     assert compare("x+1", "$1+x$", worker).is_right
     # (algebra may refuse that tower in time; what must hold is that the next answer is compared)
-    assert worker.num_replaced in (replaced, replaced + 1) and (worker.process_id == before) == (worker.num_replaced == replaced)
+    assert worker.num_replaced in (replaced, replaced + 1) and (worker.process_id == before) == (
+        worker.num_replaced == replaced
+    )
 
 
 def test_a_worker_that_is_stopped_or_killed_costs_one_answer(worker):
