@@ -3,7 +3,7 @@
 Half of the kinds ask for yes or no: such an answer can be guessed, so that a right answer says little about the reasoning.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,7 @@ class ArithmeticTask:
             "solution": "\n".join(question.steps),
             "question": question.text,
             "kind": kind,
+            "reference": reference_text(question.steps, question.answer),
         }
         return Example(self.name, number, "text", ({"role": "user", "content": question.text},), facts=facts)
 
@@ -103,10 +104,9 @@ class ArithmeticTask:
         return await self._scores(example, response)
 
 
-def reference_text(example: Example) -> str:
-    """The reference solution as a model should write it."""
-    said = " ".join(f"{step}." for step in str(example.facts["solution"]).splitlines())
-    return f"{THINK}{said}{END_THINK}{ANSWER}{example.facts['answer']}{END_ANSWER}"
+def reference_text(steps: Sequence[str], answer: str) -> str:
+    """A solution as a model should write it."""
+    return f"{THINK}{' '.join(f'{step}.' for step in steps)}{END_THINK}{ANSWER}{answer}{END_ANSWER}"
 
 
 def _distinct(rng: np.random.Generator, count: int, low: int, high: int) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from openkeye.agents.recorded_model import RecordedModel, RecordingModel
-from openkeye.tasks.arithmetic import GUESSABLE, KINDS, ArithmeticOptions, ArithmeticTask, reference_text
+from openkeye.tasks.arithmetic import GUESSABLE, KINDS, ArithmeticOptions, ArithmeticTask
 from openkeye.tasks.arithmetic_rules import RuleArithmeticJudge, check_steps, first_mistake
 from openkeye.tasks.context import ContextReward
 from openkeye.tasks.judges import Panel, ProcessJudge
@@ -17,7 +17,7 @@ from tests.tasks.talking import SayingModel
 TASK = ArithmeticTask(ArithmeticOptions(seed=5))
 QUESTION = "There are 12 red circles, 7 blue stars and 5 green hearts. How many objects are there in total?"
 SOLUTION = "12 + 7 = 19\n19 + 5 = 24"
-MORE = "On the left are 12 red circles and 7 blue stars. On the right are 3 pink hearts and 9 red stars. Are there more on the left?"
+MORE = "On the left are 12 red circles and 7 blue stars. On the right are 3 pink hearts and 9 red stars. Where are more?"
 MORE_SOLUTION = "12 + 7 = 19\n3 + 9 = 12\n19 > 12"
 
 
@@ -71,7 +71,7 @@ def test_reference_solutions_are_right(kind):
     task = ArithmeticTask(ArithmeticOptions(kinds=(kind,), seed=1))
     for number in range(40):
         example = task.read(number)
-        scores = asyncio.run(task.score(example, Response(reference_text(example))))
+        scores = asyncio.run(task.score(example, Response(example.facts["reference"])))
         assert scores["outcome"] == scores["context"] == scores["format"] == 1.0, (example.facts, scores)
 
 
@@ -94,8 +94,8 @@ def test_a_policy_that_guesses_is_told_apart_from_one_that_reasons():
         example = TASK.read(number)
         other = TASK.read(number + 6 * int(rng.integers(1, 50)))
         right = f"</think><answer>{example.facts['answer']}</answer>"
-        stolen = reference_text(other).partition("</think>")[0] + right
-        for name, text in (("reasons", reference_text(example)), ("guesses", stolen), ("is silent", f"<think>So.{right}")):
+        stolen = other.facts["reference"].partition("</think>")[0] + right
+        for name, text in (("reasons", example.facts["reference"]), ("guesses", stolen), ("is silent", f"<think>So.{right}")):
             totals[name].append(scored(example, text))
     for numbers in totals.values():
         assert np.mean([one["outcome"] for one in numbers]) == 1.0
@@ -115,7 +115,7 @@ def test_the_switch_decides_what_is_learnt():
 
 def test_wrong_answers_with_sound_roads_earn_nothing():
     example = TASK.read(0)
-    text = reference_text(example).replace(f"<answer>{example.facts['answer']}", "<answer>99999")
+    text = example.facts["reference"].replace(f"<answer>{example.facts['answer']}", "<answer>99999")
     assert scored(example, text)["context"] == 0.0
 
 
@@ -135,12 +135,12 @@ def test_a_model_as_judge_sees_the_solution_and_the_majority_counts(tmp_path):
     model = SayingModel(verdicts)
     panel = Panel(RecordingModel(model, tmp_path / "exchanges.jsonl"), num_votes=3)
     reward = ContextReward(MathsReward(), ProcessJudge(panel))
-    numbers = asyncio.run(reward(example, Response(reference_text(example))))
+    numbers = asyncio.run(reward(example, Response(example.facts["reference"])))
     assert numbers["context"] == 1.0 and len(model.asked) == 3
     assert str(example.facts["solution"]) in model.asked[0][-1]["content"]
     # Again: out of the cache. Elsewhere: out of the recorded exchanges.
-    asyncio.run(reward(example, Response(reference_text(example))))
+    asyncio.run(reward(example, Response(example.facts["reference"])))
     assert len(model.asked) == 3
     again = ContextReward(MathsReward(), ProcessJudge(Panel(RecordedModel(tmp_path / "exchanges.jsonl"), num_votes=3)))
-    assert asyncio.run(again(example, Response(reference_text(example)))) == numbers
+    assert asyncio.run(again(example, Response(example.facts["reference"]))) == numbers
     assert RuleArithmeticJudge().name.startswith("rules:")
