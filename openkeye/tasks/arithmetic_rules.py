@@ -6,7 +6,7 @@ would be there. Two ways are the same where they agree in every world.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice, product
@@ -176,17 +176,17 @@ def first_mistake(question: str, reasoning: str) -> tuple[str, str] | None:
     return None
 
 
-def say_mistake(question: str, reasoning: str, facts: Mapping[str, object]) -> str:
-    """A mistake report by rules: it quotes the first step that is not right and never a result."""
+def say_mistakes(question: str, reasoning: str) -> list[str]:
+    """Mistake reports by rules about the first step that is not right, from the plainest to the vaguest, without results."""
     if not reasoning.strip():
-        return "Nothing was computed. Write the steps one after the other, then the answer."
+        return ["Nothing was computed. Write the steps one after the other, then the answer."]
     found = first_mistake(question, reasoning)
     if found is None:
-        return (
-            "Every step holds, but they do not lead to what is asked for. Read the question again: which numbers does it need?"
-        )
+        return ["Every step holds, but they lead elsewhere. Read the question again: which numbers does it need, and for what?"]
     step, verdict = found
-    left = plain_words(step.partition("=")[0])
+    left = plain_words(re.split(r"[=<>]", step)[0])
     if verdict == "wrong":
-        return f"The step that begins with {left} is computed wrongly. Compute it again, and what follows from it."
-    return f"The step that begins with {left} takes a number that is neither in the question nor a result before it."
+        what = "is computed wrongly. Compute it again, and what follows from it."
+    else:
+        what = "takes a number that is neither in the question nor a result before it."
+    return [f"The step that begins with {left} {what}", f"A step {what}", "The steps do not hold. Write them anew."]
