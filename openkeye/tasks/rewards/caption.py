@@ -103,11 +103,11 @@ def _told(caption: str) -> _Told:
         if moving:
             motions.add(f"{moving[1]} {moving[2]}".lower())
             continue
+        spans = parse_intervals(sentence)
         for found in TOLD.finditer(sentence):
             thing = (found[1] or found[2]).lower()
             num_repeats += thing in starts
             (subjects if found[1] else texts).add(thing)
-            spans = parse_intervals(sentence)
             starts.setdefault(thing, spans[0][0] if spans else float("inf"))
     # Saying a thing again adds nothing to what is right, and counts among what is said.
     said = Counter(subjects)

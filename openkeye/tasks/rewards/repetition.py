@@ -56,7 +56,7 @@ def loop_onset(ids_T: np.ndarray, granularity: Granularity) -> int | None:
     return onset
 
 
-def saturation_onset(ids_T: np.ndarray, n: int = 6, window: int = 256, share: float = 0.9) -> int | None:
+def saturation_onset(ids_T: np.ndarray, n: int = 6, window: int = 256, share: float = 0.8) -> int | None:
     """Where almost every n-gram has been said before, though in no exact loop: the first repeated n-gram of the first `window`
     of which `share` are repeats; None where there is none."""
     if len(ids_T) < n + window:
