@@ -64,8 +64,8 @@ def test_any_text(text):
             assert all(math.isfinite(value) for value in numbers.values())
 
 
-PIECES = """<think> </think> <answer> </answer> <tool_call> </tool_call> { } [ ] ( ) , : ; = . 1 24 0:05 1e9 -3 12 + < from to add
-segment(A,B) remove circle(O) none red circle the is visible moves up B yes no ``` json null true " ' \\frac{ } $"""
+PIECES = """<think> </think> <answer> </answer> <tool_call> </tool_call> { } [ ] ( ) , : ; = . 1 24 0:05 1e9 -3 12 + < from to
+add segment(A,B) remove circle(O) none red circle the is visible moves up B yes no ``` json null true " ' \\frac{ } $"""
 pieces = st.sampled_from([*PIECES.split(), "\n"])
 
 
