@@ -32,6 +32,8 @@ class JsonLinesOptions:
     # folder that paths of media are relative to; default: the file's own
     rewards: Mapping[str, float] = field(default_factory=dict)
     # weights by name, for lines that name none; the first is the outcome
+    rewards_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # the same for lines whose `task` is among these, as `openkeye make-data` writes it
     reward_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # by name of a reward
 
@@ -59,8 +61,8 @@ class JsonLinesTask:
         self._lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
         self._folder = Path(options.media) if options.media else self._path.parent
         self._composed: dict[tuple[tuple[str, float], ...], Composed] = {}
-        if options.rewards:
-            self._scores_of(options.rewards, "the task's options")
+        for rewards in filter(None, (options.rewards, *options.rewards_by_task.values())):
+            self._scores_of(rewards, "the task's options")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_composed": {}}
@@ -97,8 +99,9 @@ class JsonLinesTask:
             facts.setdefault("reference", messages.pop()["content"])
             if not messages:
                 raise InputError(f"{where}: holds an answer and no question; put a message of the user before it")
-        _add_boxes(facts)
-        rewards = record.get("rewards", self.options.rewards)
+        _add_known(facts)
+        by_task = self.options.rewards_by_task.get(str(record.get("task")), self.options.rewards)
+        rewards = record.get("rewards", by_task)
         if isinstance(rewards, list):
             rewards = dict.fromkeys(rewards, 1.0)
         self._scores_of(rewards, where)
@@ -154,8 +157,10 @@ def _table(record: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]
     return value
 
 
-def _add_boxes(facts: dict[str, Any]) -> None:
-    """Boxes of the one label that is asked for, as `openkeye make-data instance-pasting` writes its truth."""
+def _add_known(facts: dict[str, Any]) -> None:
+    """What rewards ask for, out of how `openkeye make-data` writes it: the asked label's boxes, the letter of a choice."""
+    if "letter" in facts:
+        facts.setdefault("choice", facts["letter"])
     if "boxes" not in facts and "label" in facts and isinstance(facts.get("instances"), list):
         facts["boxes"] = [one["box"] for one in facts["instances"] if one.get("label") == facts["label"]]
 

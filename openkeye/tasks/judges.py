@@ -5,6 +5,7 @@ and an answer about which nobody votes gets the lowest mark. What is judged stan
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ CAPTION_PROMPT = (
 
 def quoted(name: str, text: str) -> str:
     """A text between marks; the same marks inside of it are taken away."""
-    inside = bounded(text).replace("<<<", "").replace(">>>", "")
+    # (a blank in their place: what stood around them must not close up to new ones)
+    inside = re.sub(r"<{3,}|>{3,}", " ", bounded(text))
     return f"{OPEN.format(name)}\n{inside}\n{CLOSE.format(name)}"
 
 

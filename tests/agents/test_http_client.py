@@ -1,6 +1,7 @@
 """The HTTP client against a real server on this machine that is busy, slow, broken, or refuses."""
 
 import asyncio
+import contextlib
 import json
 import pickle
 import threading
@@ -55,10 +56,9 @@ def server():
             pass
 
         def handle(self):
-            try:
+            # (a client that gave up)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ValueError):
                 super().handle()
-            except (BrokenPipeError, ConnectionResetError, ValueError):
-                pass
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.script, served.seen, served.is_over = [], [], threading.Event()

@@ -119,7 +119,14 @@ def test_a_judge_is_asked_only_where_algebra_cannot_read_the_answer():
     model = SayingModel(['{"verdict": 1}'])
     reward = MathsReward(judge=OutcomeJudge(Panel(model)))
     example = Example("m", 0, "text", ({"role": "user", "content": "?"},), facts={"answer": "the circle with radius r"})
-    assert asyncio.run(reward(example, Response("<think>a</think><answer>24</answer>")))["maths"] in (0.0, 1.0)
+    said = Response("<think>a</think><answer>all points at a distance of r from one point</answer>")
+    assert asyncio.run(reward(example, said))["maths"] == 1.0 and len(model.asked) == 1
+    # The same words need nobody, nor do formulas.
+    said = Response("<think>a</think><answer>The circle with radius r.</answer>")
+    assert asyncio.run(reward(example, said))["maths"] == 1.0
+    formula = Example("m", 0, "text", ({"role": "user", "content": "?"},), facts={"answer": "\\sin x + \\frac{1}{2}"})
+    said = Response("<think>a</think><answer>$\\sin x + \\frac{1}{3}$</answer>")
+    assert asyncio.run(reward(formula, said))["maths"] == 0.0
     known = Example("m", 0, "text", ({"role": "user", "content": "?"},), facts={"answer": "24"})
     before = len(model.asked)
     assert asyncio.run(reward(known, Response("<think>a</think><answer>25</answer>")))["maths"] == 0.0

@@ -111,7 +111,7 @@ class ToolJsonReward:
 
 def choice_letter(text: str) -> str | None:
     """The letter of a multiple-choice answer: `B`, `(B)`, `B. the cat`, `Answer: B`; None where there is none."""
-    match = re.match(r"\s{0,8}\(?([A-Z])(?:[).:,]|\s{0,8}$)", text) or re.search(
+    match = re.match(r"\s{0,8}\(?([A-Z])(?:[).:,]|\s{0,8}(?:\n|$))", text) or re.search(
         r"(?:answer|option)(?: is)?:?\s{0,8}\(?([A-Z])\b", text[-MAX_CHARACTERS:], re.IGNORECASE
     )
     return match[1].upper() if match else None

@@ -19,6 +19,10 @@ LIMIT_SECONDS = 5.0
 LIMIT_BYTES = 4 << 30
 MAX_ANSWER = 4096
 # characters that are compared: an answer's end
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+FUNCTIONS = (
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "exp", "sqrt", "max", "min", "mod", "gcd", "lcm",
+)  # fmt: skip
 PLAIN_NUMBER = re.compile(r"[-+]?\d{1,30}(?:\.\d{1,30}|/\d{1,30})?$")
 
 
@@ -28,7 +32,7 @@ class Comparison:
 
     is_right: bool
     is_read: bool
-    # both could be read as mathematics in time
+    # both could be read as mathematics, in time: an algebra system takes words for products of letters
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +59,13 @@ def compare(gold: str, answer: str, worker: LimitedWorker | None = None) -> Comp
     reply = (worker or maths_worker()).call({"gold": gold, "answer": answer})
     if reply is None:
         return Comparison(False, False)
-    return Comparison(reply["is_right"], reply["is_gold_read"] and reply["is_answer_read"])
+    are_read = reply["is_gold_read"] and reply["is_answer_read"] and not _has_words(gold) and not _has_words(answer)
+    return Comparison(reply["is_right"], are_read)
+
+
+def _has_words(text: str) -> bool:
+    """Whether a text holds words that are neither LaTeX commands nor functions."""
+    return any(word.lower() not in FUNCTIONS for word in WORD.findall(text))
 
 
 def _plain_number(text: str) -> Fraction | None:
@@ -86,7 +96,7 @@ class MathsReward:
         if self.needs_format and not is_well_formed(whole_text(response)):
             return {self.name: 0.0}
         result = await asyncio.to_thread(compare, truth, said)
-        if not result.is_read and said and self.judge is not None:
+        if not result.is_right and not result.is_read and said and self.judge is not None:
             question = "\n".join(str(message.get("content", "")) for message in example.messages if message["role"] == "user")
             return {self.name: await self.judge.judge(question, truth, said)}
         return {self.name: float(result.is_right)}

@@ -94,7 +94,15 @@ def test_words_choices_and_counts():
     assert worth(WordsReward(), example(answer="On the left"), " on  the LEFT. ") == 1.0
     assert worth(WordsReward(), example(answer=["left", "on the left"]), "Left") == 1.0
     assert worth(WordsReward(), example(answer="left"), "not left") == 0.0
-    for text in ("B", "(B)", "B.", "B) the cat", "The answer is B", "<think>A</think><answer>B</answer>"):
+    for text in (
+        "B",
+        "(B)",
+        "B.",
+        "B) the cat",
+        "The answer is B",
+        "<think>A</think><answer>B</answer>",
+        "B\n[[00:05, 00:08]]",
+    ):
         assert worth(ChoiceReward(), example(choice="B"), text) == 1.0, text
     for text in ("A", "A B", "Because", "b", "", "A boat. Option C"):
         assert worth(ChoiceReward(), example(choice="B"), text) == 0.0, text
