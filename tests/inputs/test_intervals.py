@@ -50,6 +50,10 @@ def test_spans_to_be_scored_are_all_valid_or_none(text, expected):
     assert read_intervals(text) == expected
 
 
+def test_numbers_without_measure_are_no_times():
+    assert read_intervals("from 0 to " + "9" * 400) is None and read_intervals(f"[0, {'9' * 400}]") is None
+
+
 @pytest.mark.parametrize("hostile", ["9" * 1_000_000, " " * 1_000_000, "1 " * 500_000, "1:" * 500_000, "[[" * 500_000])
 def test_megabytes_are_read_at_once(hostile):
     start = time.monotonic()

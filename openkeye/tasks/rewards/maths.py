@@ -21,7 +21,8 @@ MAX_ANSWER = 4096
 # characters that are compared: an answer's end
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 FUNCTIONS = (
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "exp", "sqrt", "max", "min", "mod", "gcd", "lcm",
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "log", "exp", "sqrt", "max", "min",
+    "mod", "gcd", "lcm",
 )  # fmt: skip
 PLAIN_NUMBER = re.compile(r"[-+]?\d{1,30}(?:\.\d{1,30}|/\d{1,30})?$")
 

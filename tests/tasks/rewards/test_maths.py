@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -59,22 +61,43 @@ def test_a_worker_that_is_stopped_or_killed_costs_one_answer(worker):
         threading.Timer(0.0, os.kill, (before, number)).start()
         time.sleep(0.2)
         start = time.monotonic()
-        compare("x+2", "$2+x$", worker)
+        is_right = compare("x+2", "$2+x$", worker).is_right
+        # One that is gone before it is asked costs no answer, one that hangs costs the answer it was asked for.
+        assert is_right is (number == signal.SIGKILL)
         assert time.monotonic() - start < 10.0
         assert compare("x+2", "$2+x$", worker).is_right
         assert worker.process_id != before
         assert worker.num_replaced <= replaced + 1
 
 
-def test_work_without_end_is_ended_by_its_own_alarm(tmp_path, monkeypatch):
-    (tmp_path / "endless_work.py").write_text(
+@pytest.fixture
+def harmful(tmp_path, monkeypatch):
+    """A module whose work hangs or eats memory when it is asked to."""
+    (tmp_path / "harmful_work.py").write_text(
         "import sys\nfrom openkeye.tasks.rewards.limited_worker import serve\n"
         "def work(request):\n    while request == 'hang':\n        pass\n"
-        "    return [0] * 10**10 if request == 'eat' else request\n"
+        "    return len(bytearray(3 << 29)) if request == 'eat' else request\n"
         "serve(work, float(sys.argv[1]), int(sys.argv[2]))\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    worker = LimitedWorker("endless_work", 0.5, 1 << 30)
+    return "harmful_work"
+
+
+def test_a_worker_ends_by_itself_when_its_owner_is_gone(harmful):
+    """Its owner may have been killed while it hung: nobody is left to end it then."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", harmful, "0.5", str(1 << 30)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.stdin.write(b'"hang"\n')
+    process.stdin.close()
+    assert process.wait(20) == -signal.SIGALRM
+    process.stdout.close()
+
+
+def test_work_without_end_or_measure_is_ended(harmful):
+    worker = LimitedWorker(harmful, 0.5, 1 << 30)
     try:
         assert worker.call("hello") == "hello"
         for harm in ("hang", "eat"):
