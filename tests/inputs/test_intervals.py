@@ -58,4 +58,5 @@ def test_numbers_without_measure_are_no_times():
 def test_megabytes_are_read_at_once(hostile):
     start = time.monotonic()
     assert read_intervals(hostile) is None and parse_intervals("1" + hostile) == [] and parse_moment("at 1" + hostile) != 2.0
-    assert time.monotonic() - start < 5.0
+    # (a quadratic reading would take hours; a busy machine takes its time)
+    assert time.monotonic() - start < 20.0

@@ -46,7 +46,7 @@ def checked(text, finish="stop"):
         assert numbers and all(isinstance(value, float) and math.isfinite(value) for value in numbers.values()), reward.name
         assert -1.0 <= numbers[reward.name] <= 1.0, reward.name
         # Algebra has five seconds of its own, and a busy machine.
-        assert took < (9.0 if reward.name in ("maths", "context") else 4.0), f"{reward.name} took {took:.1f} s"
+        assert took < (30.0 if reward.name in ("maths", "context") else 15.0), f"{reward.name} took {took:.1f} s"
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]) + str(len(text)))

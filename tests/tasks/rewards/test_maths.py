@@ -74,9 +74,9 @@ def test_a_worker_that_is_stopped_or_killed_costs_one_answer(worker):
 def harmful(tmp_path, monkeypatch):
     """A module whose work hangs or eats memory when it is asked to."""
     (tmp_path / "harmful_work.py").write_text(
-        "import sys\nfrom openkeye.tasks.rewards.limited_worker import serve\n"
+        "import mmap, sys\nfrom openkeye.tasks.rewards.limited_worker import serve\n"
         "def work(request):\n    while request == 'hang':\n        pass\n"
-        "    return len(bytearray(3 << 29)) if request == 'eat' else request\n"
+        "    return len(mmap.mmap(-1, 3 << 29)) if request == 'eat' else request\n"
         "serve(work, float(sys.argv[1]), int(sys.argv[2]))\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
