@@ -54,7 +54,7 @@ class MixtureOfExperts(nn.Module):
             picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
         else:
             picks = route_as(logits, self.replayed_TK, self.norm_topk_prob)
-            self.rerouted_T = differing_choices(logits.detach(), picks[1])
+            self.rerouted_T = differing_choices(logits, picks[1])
         own = self.experts
         tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
         if self.shard.size == 1:
@@ -65,7 +65,7 @@ class MixtureOfExperts(nn.Module):
 
 def differing_choices(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """[T] bool: whether a token's own best experts are others than these, in whatever order."""
-    own_TK = logits_TE.topk(expert_ids_TK.shape[1], dim=-1).indices
+    own_TK = route(logits_TE.detach(), expert_ids_TK.shape[1], False)[1]
     return (own_TK.sort(dim=-1).values != expert_ids_TK.sort(dim=-1).values).any(dim=-1)
 
 

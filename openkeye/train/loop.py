@@ -39,7 +39,15 @@ from openkeye.train.optimizer import Optimizer
 from openkeye.train.refusals import check_run, check_run_dir, claim_run_dir
 from openkeye.train.reporter import Reporter
 from openkeye.train.schedule import rates_at
-from openkeye.train.shard import Ranks, compile_regions, follow_what_trains, joined, shard_parameters, training_device
+from openkeye.train.shard import (
+    Ranks,
+    compile_regions,
+    follow_what_trains,
+    joined,
+    pass_dtype,
+    shard_parameters,
+    training_device,
+)
 from openkeye.train.start import fill, first_weights, is_all_fresh, write_finished
 from openkeye.train.step_log import Record, StepLog
 
@@ -168,7 +176,7 @@ class Trainer:
                 raise InputError(f"stage {stage.name!r}: balance_weight balances experts, and the model has none; set it to 0")
         if config.compiles:
             compile_regions(self.keye)
-        shard_parameters(self.loss_model, self.keye, self.ranks, compute_dtype(config.compute_dtype, device))
+        shard_parameters(self.loss_model, self.keye, self.ranks, pass_dtype(config.compute_dtype, device))
         self.loss_model.to_empty(device=device)
         self.optimizer = Optimizer(device, config.clip, config.weight_decay)
         # Experts' shares of the picks of the step before, over all packs and ranks: known before a step's first backward pass.
@@ -313,13 +321,6 @@ def forget_after(path: Path, step: int) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     os.replace(unfinished, path)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What passes compute in, of `COMPUTE_DTYPES`; parameters and moments are fp32 always."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def loader_record(figures: list[Any]) -> Record:
