@@ -268,13 +268,14 @@ class Learner:
     def _step(self, packs: Sequence[LearnerPack]) -> Record | None:
         """One optimizer step; None where no token of any rank has a weight, and then nothing happened."""
         own = counts_of([member for pack in packs for member in pack.members], self.algorithm)
-        num_tokens = float(sum(pack.batch.num_tokens for pack in packs))
+        num_tokens = float(sum(pack.batch.num_tokens for pack in packs if pack.members))
         rl, ce, ref_kl, num_tokens, num_packs = self.ranks.sum([own.rl, own.ce, own.ref_kl, num_tokens, float(len(packs))])
         if not rl + ce + ref_kl:
             return None
         figures = LearnerFigures(self.ranks)
         for pack in packs:
-            output = self._run(pack, 1 / num_tokens, pack.support_ids)
+            # A silent pack has tokens too, and nobody learns from them.
+            output = self._run(pack, 1 / num_tokens if pack.members else 0.0, pack.support_ids)
             tokens = self._tokens(pack, output)
             losses = self._losses(pack, tokens, output, LossCounts(rl, ce, ref_kl))
             total = losses.total

@@ -54,7 +54,7 @@ def sampled(learner: Learner, samples: Sequence[LearnerSample]) -> list[LearnerS
 
 
 def test_a_reward_for_a_token_makes_it_likely(run_dir: Path):
-    """Real sampling from the policy's own logits: three steps of reinforcement raise what is rewarded."""
+    """Real sampling from the policy's own logits: ten steps raise what is rewarded."""
     generator = np.random.default_rng(0)
     wanted = 17
     prompt = toy_rollout(0, 0).prompt_ids
@@ -65,13 +65,12 @@ def test_a_reward_for_a_token_makes_it_likely(run_dir: Path):
     every = samples_of([replace(one, rewards={"outcome": float(n == 0)}) for n, one in enumerate(one_token)], ON_POLICY)
     with opened_learner(toy_config(run_dir, rate=1e-2), ON_POLICY, CPU) as learner:
         shares = []
-        for group in range(8):
+        for group in range(10):
             logprobs = np.concatenate(learner.logprobs(every))
             probabilities = np.exp(logprobs.astype(np.float64))
             assert probabilities.sum() == pytest.approx(1, abs=1e-4)
             shares.append(probabilities[wanted])
             chosen = generator.choice(VOCABULARY, size=64, p=probabilities / probabilities.sum())
-            chosen[0] = wanted
             rollouts = [
                 replace(
                     toy_rollout(0, number, num_output=1),
