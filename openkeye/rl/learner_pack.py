@@ -159,16 +159,20 @@ def groups_of(samples: Sequence[LearnerSample]) -> list[list[LearnerSample]]:
     return [list(group) for _, group in groupby(samples, key=lambda one: _group_key(one.rollout))]
 
 
-def share_out(samples: Sequence[LearnerSample], num_ranks: int) -> list[list[LearnerSample]]:
-    """Whole groups for each rank, the largest first to whom has the fewest tokens; what `Learner` is given on that rank."""
-    shares: list[list[LearnerSample]] = [[] for _ in range(num_ranks)]
+def share_out(rollouts: Sequence[Rollout], num_ranks: int) -> list[list[int]]:
+    """Numbers of the rollouts that each rank learns from: whole groups, the largest first to whom has the fewest tokens.
+
+    Every rank that knows all rollouts finds the same, and needs documents of its own alone.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
     sizes = [0] * num_ranks
-    groups = [(sum(one.document.num_tokens for one in group), group) for group in groups_of(samples)]
-    for size, group in sorted(groups, key=lambda pair: -pair[0]):
+    groups = [list(group) for _, group in groupby(range(len(rollouts)), key=lambda number: _group_key(rollouts[number]))]
+    tokens = [sum(len(rollouts[number].prompt_ids) + len(rollouts[number].output_ids) for number in group) for group in groups]
+    for place in sorted(range(len(groups)), key=lambda place: -tokens[place]):
         rank = sizes.index(min(sizes))
-        shares[rank] += group
-        sizes[rank] += size
-    return shares
+        shares[rank] += groups[place]
+        sizes[rank] += tokens[place]
+    return [sorted(share) for share in shares]
 
 
 def check_routes(routes: np.ndarray, num_layers: int, num_experts: int, num_picked: int, name: str) -> None:

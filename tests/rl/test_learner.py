@@ -256,11 +256,13 @@ def test_a_sample_is_checked_where_it_is_made():
 
 
 def test_groups_are_shared_out_whole():
-    samples = [one for number, size in enumerate((2, 5, 3, 4)) for one in toy_group(number, size=size, num_output=5)]
-    shares = share_out(samples, 2)
-    assert sorted(len(share) for share in shares) == [7, 7]
-    groups = [{one.rollout.id.group for one in share} for share in shares]
+    rollouts = [toy_rollout(number, member, num_output=5) for number, size in enumerate((2, 5, 3, 4)) for member in range(size)]
+    shares = share_out(rollouts, 2)
+    assert sorted(number for share in shares for number in share) == list(range(14))
+    assert [len(share) for share in shares] == [7, 7]
+    groups = [{rollouts[number].id.group for number in share} for share in shares]
     assert not groups[0] & groups[1]
+    assert share_out(rollouts[:2], 3) == [[0, 1], [], []]
 
 
 # Checkpoints
