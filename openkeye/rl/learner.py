@@ -6,7 +6,7 @@ Under torchrun every rank makes one, and all call the same methods in the same o
 (`learner_pack.share_out`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +26,15 @@ from openkeye.model.keye import KeyeModel
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
 from openkeye.rl.learner_figures import LearnerFigures
 from openkeye.rl.learner_pack import LearnerPack, LearnerSample, groups_of, join_groups, make_packs, silent_pack
-from openkeye.rl.policy_loss import LossCounts, PolicyLosses, PolicyTokens, in_support_kl, policy_losses
+from openkeye.rl.policy_loss import (
+    LossCounts,
+    PolicyTokens,
+    Support,
+    SupportDivergence,
+    in_support_kl,
+    policy_losses,
+    sampled_divergences,
+)
 from openkeye.rl.policy_model import PolicyModel, PolicyOutput, PolicyPass
 from openkeye.train.checkpoint import Checkpoints, Place
 from openkeye.train.groups import trained_parameters
@@ -43,9 +51,6 @@ from openkeye.train.shard import (
 )
 from openkeye.train.start import fill, loaded_weights, write_finished
 from openkeye.train.step_log import Record
-
-SupportDivergence = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (student's log-probabilities [n, K] with gradient, teacher's [n, K], ids [n, K], -1 unused) -> [n] with gradient
 
 
 @contextmanager
@@ -277,12 +282,14 @@ class Learner:
             # A silent pack has tokens too, and nobody learns from them.
             output = self._run(pack, 1 / num_tokens if pack.members else 0.0, pack.support_ids)
             tokens = self._tokens(pack, output)
-            losses = self._losses(pack, tokens, output, LossCounts(rl, ce, ref_kl))
+            divergences_n, supports = self._divergences(pack, tokens, output)
+            losses = policy_losses(self.algorithm, tokens, LossCounts(rl, ce, ref_kl), divergences_n)
             total = losses.total
             if self.config.indexer_target != "none":
                 total = total + self.config.indexer_weight * output.past.indexer_loss
             total.backward()
             figures.add_pack(pack, tokens, output, losses, round(num_packs))
+            figures.add_supports(pack, tokens, supports)
         norm = self.optimizer.step(self.config.rates_at(self.num_steps))
         self.num_steps += 1
         self.checkpoints.poll()
@@ -297,12 +304,16 @@ class Learner:
             return replace(tokens, proximal=output.logprobs.detach())
         return tokens
 
-    def _losses(self, pack: LearnerPack, tokens: PolicyTokens, output: PolicyOutput, counts: LossCounts) -> PolicyLosses:
+    def _divergences(
+        self, pack: LearnerPack, tokens: PolicyTokens, output: PolicyOutput
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """[n] with gradient: over supports where a token has one, else by its own log-probability; and figures of supports."""
+        sampled_n = sampled_divergences(self.algorithm, tokens)
         if output.support is None or pack.support_ids is None or pack.support_logprobs is None:
-            return policy_losses(self.algorithm, tokens, counts)
-        divergences = self.support_divergence(output.support, pack.support_logprobs, pack.support_ids)
-        has_support = (pack.support_ids >= 0).any(dim=-1)
-        return policy_losses(self.algorithm, tokens, counts, divergences, has_support)
+            return sampled_n, {}
+        found = self.support_divergence(tokens, Support(output.support, pack.support_logprobs, pack.support_ids))
+        has_support_n = pack.has_support[tokens.segments]
+        return torch.where(has_support_n, found.losses, sampled_n), found.figures
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint has to hold, and what may be missing there."""

@@ -3,7 +3,7 @@
 Letters: n learnt tokens of a pack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +66,15 @@ class LearnerFigures:
             masks = {"clip_low": surrogate.is_clipped_low, "clip_high": surrogate.is_clipped_high, "masked": losses.is_masked}
             for name, mask in masks.items():
                 self.pairs.add(f"{name}_share", (mask & tokens.is_rl).sum(), pack.num_rl)
+
+    @torch.no_grad()
+    def add_supports(self, pack: LearnerPack, tokens: PolicyTokens, supports: Mapping[str, Tensor]) -> None:
+        """What an estimator tells of supports: means over the tokens with a reference that have one to look at."""
+        if not supports or not pack.num_supported:
+            return
+        is_counted_n = (tokens.ref_kl_weights != 0) & pack.has_support[tokens.segments]
+        for name, values_n in supports.items():
+            self.pairs.add(f"support/{name}", torch.where(is_counted_n, values_n, 0.0).sum(), pack.num_supported)
 
     def _add_sampled(self, pack: LearnerPack, tokens: PolicyTokens, output: PolicyOutput) -> None:
         def add(name: str, values_n: Tensor) -> None:

@@ -87,10 +87,14 @@ class LearnerPack:
     # [n, K] int64, -1 where unused
     support_logprobs: Tensor | None
     # [n, K] float32
+    has_support: Tensor
+    # [S] bool: rollouts whose streams have a support, if an empty one at some tokens
     num_policy: int
     # tokens that the policy sampled
     num_rl: int
     # tokens of the policy loss
+    num_supported: int
+    # tokens of these with a weight of their divergence
     num_replayed: tuple[int, int]
     # pairs of token and layer, and tokens, whose experts are replayed
     has_proximal: bool = False
@@ -284,6 +288,10 @@ def _pack(documents: Sequence[JoinedDocument], num_layers: int, experts: tuple[i
         routes=routes,
         support_ids=support_ids,
         support_logprobs=support_logprobs,
+        has_support=torch.tensor([member.streams.support_ids is not None for member in members], dtype=torch.bool),
+        num_supported=sum(
+            int(np.count_nonzero(member.streams.ref_kl_weights)) for member in members if member.streams.support_ids is not None
+        ),
         num_policy=int(is_policy.sum()),
         num_rl=int(tokens.is_rl.sum()),
         num_replayed=(0, 0) if is_replayed_LT is None else (int(is_replayed_LT.sum()), int(is_replayed_LT.any(dim=0).sum())),

@@ -6,6 +6,7 @@ ranks of the step, so that packing changes nothing.
 Letters: n learnt tokens of a pack, S rollouts of it, K tokens of a support.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,30 @@ class PolicyTokens:
         return self.rl_weights != 0
 
 
+@dataclass(frozen=True)
+class Support:
+    """Tokens over which the student is compared with a teacher, [n, K] each; ids of -1 are no part of it."""
+
+    student: Tensor
+    # log-probabilities, with gradient
+    teacher: Tensor
+    # log-probabilities
+    ids: Tensor
+
+
+class SupportLosses(NamedTuple):
+    """What an estimator over supports makes of each token, [n]."""
+
+    losses: Tensor
+    # with gradient, to be weighted by `ref_kl_weights`
+    figures: Mapping[str, Tensor]
+    # for the log, by name: means over the tokens with a weight
+
+
+SupportDivergence = Callable[[PolicyTokens, Support], SupportLosses]
+# how tokens with a support differ from their teacher (`in_support_kl`)
+
+
 class Surrogate(NamedTuple):
     """What an objective makes of each token, [n]."""
 
@@ -81,16 +106,11 @@ class PolicyLosses(NamedTuple):
 
 
 def policy_losses(
-    algorithm: AlgorithmConfig,
-    tokens: PolicyTokens,
-    counts: LossCounts,
-    support_divergences_n: Tensor | None = None,
-    has_support_n: Tensor | None = None,
+    algorithm: AlgorithmConfig, tokens: PolicyTokens, counts: LossCounts, divergences_n: Tensor | None = None
 ) -> PolicyLosses:
     """L_rl / N_rl + L_ce / N_ce + L_ref / N_ref of one pack.
 
-    support_divergences_n: of each token from a teacher, with gradient (`in_support_kl`), where has_support_n says so; elsewhere
-    the divergence is that of the token's own log-probability from `ref_logprobs`, by the algorithm's estimator.
+    divergences_n: of each token from its reference, with gradient; None: `sampled_divergences`.
     """
     surrogate = surrogate_of(algorithm, tokens)
     corrections_n, is_masked_n = correction_weights(algorithm, tokens)
@@ -98,12 +118,16 @@ def policy_losses(
     # Where a weight is zero the factor may be anything, and 0 * nan would be nan.
     rl = torch.where(tokens.is_rl, weights_n * surrogate.losses, 0.0).sum() / max(1.0, counts.rl)
     ce = -torch.where(tokens.ce_weights != 0, tokens.ce_weights * tokens.logprobs, 0.0).sum() / max(1.0, counts.ce)
-    divergences_n = divergence(algorithm.kl_estimator, tokens.logprobs - tokens.ref_logprobs)
-    if support_divergences_n is not None and has_support_n is not None:
-        divergences_n = torch.where(has_support_n, support_divergences_n, divergences_n)
+    if divergences_n is None:
+        divergences_n = sampled_divergences(algorithm, tokens)
     has_reference = tokens.ref_kl_weights != 0
     ref_kl = torch.where(has_reference, tokens.ref_kl_weights * divergences_n, 0.0).sum() / max(1.0, counts.ref_kl)
     return PolicyLosses(rl, ce, ref_kl, surrogate, is_masked_n)
+
+
+def sampled_divergences(algorithm: AlgorithmConfig, tokens: PolicyTokens) -> Tensor:
+    """[n]: of each token's own log-probability from `ref_logprobs`, by the algorithm's estimator; with gradient."""
+    return divergence(algorithm.kl_estimator, tokens.logprobs - tokens.ref_logprobs)
 
 
 def surrogate_of(algorithm: AlgorithmConfig, tokens: PolicyTokens) -> Surrogate:
@@ -179,13 +203,29 @@ def divergence(estimator: str, log_ratio: Tensor) -> Tensor:
     raise ValueError(f"the estimator is {estimator!r}; give k1, k2 or k3")
 
 
-def in_support_kl(logprobs_nK: Tensor, teacher_nK: Tensor, support_ids_nK: Tensor) -> Tensor:
-    """[n]: KL(student || teacher), both renormalised over the support; ids of -1 are no part of it, an empty one gives 0."""
-    is_used_nK = support_ids_nK >= 0
+def in_support_kl(tokens: PolicyTokens, support: Support) -> SupportLosses:
+    """KL(student || teacher), both renormalised over the support, differentiated through the student; an empty one gives 0.
+
+    No sampling is in it, and so no variance; what lies outside of the support is not taught.
+    """
+    is_used_nK = support.ids >= 0
     student, teacher = (
-        x.masked_fill(~is_used_nK, -1e30).log_softmax(dim=-1).masked_fill(~is_used_nK, 0.0) for x in (logprobs_nK, teacher_nK)
+        x.masked_fill(~is_used_nK, -1e30).log_softmax(dim=-1).masked_fill(~is_used_nK, 0.0)
+        for x in (support.student, support.teacher)
     )
-    return (torch.where(is_used_nK, student.exp(), 0.0) * (student - teacher)).sum(dim=-1)
+    losses_n = (torch.where(is_used_nK, student.exp(), 0.0) * (student - teacher)).sum(dim=-1)
+    return SupportLosses(losses_n.to(tokens.logprobs.dtype), masses_of(support))
+
+
+@torch.no_grad()
+def masses_of(support: Support) -> dict[str, Tensor]:
+    """[n] each, for figures: the student's and the teacher's probability of the whole support, and whether it is empty."""
+    is_used_nK = support.ids >= 0
+    masses = {
+        name: torch.where(is_used_nK, logprobs.exp(), 0.0).sum(dim=-1)
+        for name, logprobs in (("student_mass", support.student), ("teacher_mass", support.teacher))
+    }
+    return masses | {"empty_share": (~is_used_nK.any(dim=-1)).float()}
 
 
 def bounded(log_ratio: Tensor) -> Tensor:

@@ -172,6 +172,18 @@ def test_trainer_and_rollouts_agree(learner: Learner, samples: list[LearnerSampl
     assert np.abs(differences).max() <= 2e-5
 
 
+def test_other_routes_are_another_policy(learner: Learner, samples: list[LearnerSample]):
+    learner.config = replace(learner.config, replays_routes=True, joins_groups=True)
+    moved = []
+    for one in samples:
+        routes = one.rollout.routes
+        assert routes is not None
+        elsewhere = np.where(routes >= 0, (routes + 1) % learner.model_config.num_experts, -1).astype(np.int16)
+        moved.append(replace(one, rollout=replace(one.rollout, routes=elsewhere)))
+    found = learner.logprobs(moved)
+    assert np.concatenate([abs(own - one.rollout.logprobs) for own, one in zip(found, samples, strict=True)]).mean() > 0.1
+
+
 def test_the_step_tells_of_the_agreement(learner: Learner, samples: list[LearnerSample]):
     learner.config = replace(learner.config, replays_routes=True, joins_groups=True)
     record = learner.step(samples)

@@ -128,8 +128,11 @@ def test_a_teacher_on_a_support_is_drawn_near(run_dir: Path):
     streams = TokenStreams(nothing, nothing, nothing, nothing + 1, support_ids=ids, support_logprobs=teacher)
     sample = LearnerSample(toy_document(rollout), rollout, streams)
     with opened_learner(toy_config(run_dir, rate=3e-3), ON_POLICY, CPU) as learner:
-        losses = [learner.step([sample])["loss/ref_kl"] for _ in range(12)]
+        records = [learner.step([sample]) for _ in range(12)]
+    losses = [record["loss/ref_kl"] for record in records]
     assert losses[0] > 0.05 and losses[-1] < 0.1 * losses[0]
+    assert records[0]["support/teacher_mass"] == pytest.approx(1) and records[0]["support/empty_share"] == 0
+    assert 0 < records[0]["support/student_mass"] < 0.5
 
 
 def test_minibatches_are_clipped_against_the_policy_before_the_first(run_dir: Path):

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openkeye.rl.config import AlgorithmConfig
-from openkeye.rl.policy_loss import LossCounts, PolicyTokens, correction_weights, divergence, in_support_kl, policy_losses
+from openkeye.rl.policy_loss import (
+    LossCounts,
+    PolicyTokens,
+    Support,
+    correction_weights,
+    divergence,
+    in_support_kl,
+    policy_losses,
+)
 
 OBJECTIVES = ("gspo", "grpo", "dr_grpo", "dapo", "cispo")
 CORRECTIONS = ("none", "tis", "icepop", "sequence_mask")
@@ -291,15 +299,19 @@ def test_estimators_as_values_and_as_losses():
 
 def test_in_support_divergence_is_zero_for_the_same_and_leaves_unused_ids_out():
     generator = torch.Generator().manual_seed(2)
-    logprobs = torch.randn(3, 4, generator=generator).log_softmax(-1).requires_grad_()
+    tokens = tokens_of([-1.0] * 3, [-1.0] * 3, [0.0] * 3, [0, 0, 0])
+    logprobs = torch.randn(3, 4, generator=generator, dtype=torch.float64).log_softmax(-1).requires_grad_()
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, -1, -1], [-1, -1, -1, -1]])
-    same = in_support_kl(logprobs, logprobs.detach(), ids)
-    assert same.tolist() == [0, 0, 0]
-    teacher = torch.randn(3, 4, generator=generator).log_softmax(-1)
-    found = in_support_kl(logprobs, teacher, ids)
+    same = in_support_kl(tokens, Support(logprobs, logprobs.detach(), ids))
+    assert same.losses.tolist() == [0, 0, 0] and same.figures["empty_share"].tolist() == [0, 0, 1]
+    single = logprobs.detach().float()
+    assert in_support_kl(tokens, Support(single, single, ids)).losses.tolist() == [0, 0, 0]
+    teacher = torch.randn(3, 4, generator=generator, dtype=torch.float64).log_softmax(-1)
+    found = in_support_kl(tokens, Support(logprobs, teacher, ids))
     student, its = (x[1, :2].detach().log_softmax(-1) for x in (logprobs, teacher))
-    assert float(found[1].detach()) == pytest.approx(float((student.exp() * (student - its)).sum()), abs=1e-6)
-    found.sum().backward()
+    assert float(found.losses[1].detach()) == pytest.approx(float((student.exp() * (student - its)).sum()), abs=1e-12)
+    assert found.figures["student_mass"].tolist() == pytest.approx([1, float(logprobs.detach()[1, :2].exp().sum()), 0])
+    found.losses.sum().backward()
     assert logprobs.grad is not None and not bool(logprobs.grad[1, 2:].any()) and not bool(logprobs.grad[2].any())
     assert bool(logprobs.grad[0].abs().min() > 0)
 
