@@ -293,6 +293,22 @@ def test_a_policy_goes_on_from_its_checkpoint_with_its_version(run_dir: Path, tm
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_learner_that_was_asked_may_be_put_back(run_dir: Path):
+    samples = toy_group(0)
+    with opened_learner(toy_config(run_dir), AlgorithmConfig(), CPU) as learner:
+        learner.save()
+        expected, weights = learner.logprobs(samples), parameters_of(learner)
+        learner.step(samples)
+        assert any(abs(now - old).max() > 1e-3 for now, old in zip(learner.logprobs(samples), expected, strict=True))
+        # What the last pass has gathered must not stand in the way of what is loaded.
+        assert learner.load() and learner.version == 0
+        found = parameters_of(learner)
+        assert all(torch.equal(weights[name], found[name]) for name in weights)
+        assert all(np.array_equal(now, old) for now, old in zip(learner.logprobs(samples), expected, strict=True))
+        masters = {type(parameter).__name__ for parameter in learner.keye.parameters()}
+        assert masters == {"DTensor"}
+
+
 def test_a_kill_leaves_the_last_good_checkpoint(run_dir: Path):
     """A process that saves again and again is killed; whatever version is found has its very weights."""
     command = [sys.executable, "-m", "tests.rl.saving_learner", str(run_dir)]
