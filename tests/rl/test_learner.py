@@ -150,6 +150,20 @@ def test_minibatches_are_clipped_against_the_policy_before_the_first(run_dir: Pa
         assert any(abs(now - old).max() > 0.01 for now, old in zip(learner.logprobs(samples), expected, strict=True))
 
 
+def test_ratios_may_be_to_the_log_probabilities_of_sampling(run_dir: Path):
+    algorithm = AlgorithmConfig("grpo", proximal="rollout", correction="none")
+    with opened_learner(toy_config(run_dir, num_minibatches=2), algorithm, CPU) as learner:
+        samples = toy_group(0, algorithm=algorithm)
+        ratio = np.exp(
+            np.concatenate([own - one.rollout.logprobs for own, one in zip(learner.logprobs(samples), samples, strict=True)])
+        )
+        better = np.concatenate([one.streams.advantages > 0 for one in samples])
+        (record,) = learner.update(samples)
+    assert record["clip_high_share"] == pytest.approx(((better & (ratio > 1.2)) | (~better & (ratio > 3))).mean())
+    assert record["clip_low_share"] == pytest.approx((~better & (ratio < 0.8)).mean())
+    assert 0 < record["clip_high_share"] < 1 and 0 < record["clip_low_share"] < 1 and record["masked_share"] == 0
+
+
 def test_one_minibatch_is_one_step(run_dir: Path, tmp_path: Path):
     samples = [*toy_group(0), *toy_group(1)]
     found = []
