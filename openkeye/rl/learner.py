@@ -237,12 +237,20 @@ class Learner:
     def _packs(self, samples: Sequence[LearnerSample]) -> list[LearnerPack]:
         """On the device; as many on every rank."""
         config, model = self.config, self.model_config
-        documents = join_groups(samples, config.tokens_per_pack, config.joins_groups)
         top_k = model.indexer.top_k if config.attention == "sparse" else None
         experts = (model.num_experts, model.num_experts_per_tok) if config.replays_routes and model.num_experts else None
-        packs = make_packs(documents, config.tokens_per_pack, top_k, model.num_hidden_layers, experts)
-        most = max(self.ranks.gather(len(packs)))
-        packs += [silent_pack() for _ in range(most - len(packs))]
+        packs: list[LearnerPack] = []
+        told = ""
+        try:
+            documents = join_groups(samples, config.tokens_per_pack, config.joins_groups)
+            packs = make_packs(documents, config.tokens_per_pack, top_k, model.num_hidden_layers, experts)
+        except InputError as error:
+            told = str(error)
+        # What one rank cannot take ends the step of all: the others would wait for it for ever.
+        agreed = self.ranks.gather((len(packs), told))
+        if errors := [error for _, error in agreed if error]:
+            raise InputError(errors[0])
+        packs += [silent_pack() for _ in range(max(number for number, _ in agreed) - len(packs))]
         return [pack.to(self.ranks.device) for pack in packs]
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openkeye.common.checks import InputError
 from openkeye.common.launch import num_ranks, rank
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
 from openkeye.rl.learner import Learner, opened_learner
@@ -68,9 +69,22 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         kept = list(gradients)
         # Of the first rank's two minibatches one is empty.
         minibatches = learner.update(samples)
+        too_long = toy_group(99, size=2, num_prompt=200, algorithm=ALGORITHM)
+        refused = ""
+        try:
+            learner.step(too_long if rank() == 0 else samples)
+        except InputError as error:
+            refused = str(error)
         weights = dict(learner.weights(is_whole=True))
         learner.save({"journal": 7})
-    return {"gradients": kept, "records": records, "minibatches": minibatches, "logprobs": logprobs, "weights": weights}
+    return {
+        "gradients": kept,
+        "records": records,
+        "minibatches": minibatches,
+        "refused": refused,
+        "logprobs": logprobs,
+        "weights": weights,
+    }
 
 
 def gradients_of(learner: Learner) -> dict[str, Tensor]:

@@ -64,6 +64,10 @@ def test_a_rank_without_a_minibatch_steps_with_the_others(over_ranks):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_what_one_rank_cannot_take_is_refused_by_all(over_ranks):
+    assert over_ranks[0]["refused"] == over_ranks[1]["refused"] and "tokens_per_pack" in over_ranks[0]["refused"]
+
+
 def test_one_process_goes_on_from_the_checkpoint_of_two(folder: Path, over_ranks):
     with opened_learner(learner_ranks.config_of(folder, "recomputed"), learner_ranks.ALGORITHM, CPU) as learner:
         assert learner.version == 3 and learner.notes == {"journal": 7}
