@@ -29,8 +29,6 @@ class Teaching:
     # selection, summed; "selected_dense": the dense distribution cut to the selection (report, sparse adaptation)
     weights_T: Tensor
     # of each token in the loss: 1 / (tokens of all packs of the step), so that packing changes nothing
-    emulates_e4m3: bool = False
-    # the indexer's queries and keys are rounded as answering in e4m3 rounds them; gradients pass straight through
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -49,6 +47,8 @@ class PackedPast:
         attention: "dense" or "sparse".
         teaching: what the indexer learns from; None leaves it alone.
         wants_metrics: whether `report` is to hold recall, mass and unique keys.
+        emulates_e4m3: the indexer's queries and keys are rounded as answering in e4m3 rounds them; gradients pass straight
+            through.
 
     Raises:
         ValueError: an attention of another name, no tokens, or top_k below 1.
@@ -61,6 +61,7 @@ class PackedPast:
         attention: str = "dense",
         teaching: Teaching | None = None,
         wants_metrics: bool = False,
+        emulates_e4m3: bool = False,
     ) -> None:
         if attention not in ATTENTIONS:
             raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -69,7 +70,7 @@ class PackedPast:
         if teaching is not None and teaching.weights_T.shape != (layout.num_tokens,):
             raise ValueError(f"teaching needs weights [{layout.num_tokens}], got {list(teaching.weights_T.shape)}")
         self.layout, self.top_k, self.attention, self.teaching = layout, top_k, attention, teaching
-        self.wants_metrics = wants_metrics
+        self.wants_metrics, self.emulates_e4m3 = wants_metrics, emulates_e4m3
         self._visible: VisibleKeys | None = None
         self._losses: dict[int, Tensor] = {}
         self._divergences: dict[int, Tensor] = {}
@@ -188,7 +189,7 @@ class PackedPast:
     def _select(self, index: IndexerOutput, visible: VisibleKeys) -> tuple[Tensor | None, IndexerOutput]:
         """[T, K] picked keys where somebody needs them, and the indexer's output as it is scored."""
         needs_picked = self.attention == "sparse" or (self.teaching is not None and self.teaching.target != "dense")
-        if self.teaching is None or not self.teaching.emulates_e4m3:
+        if not self.emulates_e4m3:
             if not needs_picked:
                 return None, index
             return packs.branched_select(index.query_TJI, index.gates_TJ, index.key_TI, self.top_k, visible), index

@@ -88,6 +88,13 @@ def joined(device: torch.device, num_shards: int) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def pass_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What passes compute in, of `config.COMPUTE_DTYPES`; parameters and moments are fp32 always."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
 def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_dtype: torch.dtype) -> None:
     """Share out the parameters of `module`, whose forward makes all calls of `keye`; masters stay as they are, in fp32.
 
