@@ -40,6 +40,9 @@ class MixtureOfExperts(nn.Module):
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
+        self.keeps_picks = False
+        # a rollout's routes are read from `picked_TK` after each call
+        self.picked_TK: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -47,6 +50,8 @@ class MixtureOfExperts(nn.Module):
         if self.keeps_router_logits:
             self.router_logits = logits
         picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        if self.keeps_picks:
+            self.picked_TK = picks[1]
         own = self.experts
         tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
         if self.shard.size == 1:
