@@ -267,8 +267,15 @@ class Engine:
             request.add_output(token, *token_logprobs(logits[row], token, request.sampling.logprobs))
         finished = [request for request in requests if request.finish_reason is not None]
         for request in finished:
+            self.keep_routes(request)
             self.scheduler.remove(request)
         return finished
+
+    def keep_routes(self, request: Request) -> None:
+        """Take a running request's routes out of the pages, into its record, where both are kept."""
+        slots = self.scheduler.slots.get(id(request))
+        if self.runner.routes is not None and request.record is not None and slots is not None:
+            request.record.keep_routes(self.runner.routes.read(slots[: request.num_computed]))
 
     def _record(self, requests: list[Request], logits_BV: Tensor, tokens: list[int]) -> None:
         """Keep what was sampled for those that are a policy's."""

@@ -57,6 +57,8 @@ class Runner:
         # names the weights of tower and projector: what others encoded is never found under it
         # A picture's bits must not depend on which others are missing.
         self._slice_pictures = 1 if config.is_batch_invariant else config.vision_slice_pictures
+        self.original_experts: dict[str, Tensor] = {}
+        # on the host, of experts that the model holds in e4m3: what deltas are told against (`weight_update`)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openkeye.apps.http_api.answer_parser import AnswerParser
+from openkeye.inputs.answer_parser import AnswerParser
 from openkeye.apps.http_api.application import make_application
 from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openkeye import __version__
-from openkeye.apps.http_api.answer_parser import Piece
+from openkeye.inputs.answer_parser import Piece
 from openkeye.engine.events import FinishEvent, TokenEvent
 
 LOWEST_LOGPROB = -9999.0
