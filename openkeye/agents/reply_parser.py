@@ -1,6 +1,7 @@
-"""From a model's text to a `ModelReply`: what it says, what it thinks, which tools it calls, and what of that cannot be read."""
+"""From a model's text to a `ModelReply`: what it says, what it thinks, which tools it calls, what of that cannot be read."""
 
 import json
+from typing import Any
 
 from openkeye.agents.model_client import ModelReply
 from openkeye.inputs.answer_parser import CALL, AnswerParser
@@ -9,15 +10,16 @@ from openkeye.inputs.answer_parser import CALL, AnswerParser
 def parse_reply(text: str, finish_reason: str = "stop", first_call: int = 0) -> ModelReply:
     """A whole answer taken apart, as the server takes it apart.
 
-    Calls are named call_0, call_1, ... from `first_call` on, so that the same text gives the same reply. What looks like a call and
-    is none (no JSON, no name, arguments that are no object, a call that is never closed) is in `malformed`.
+    Calls are named call_0, call_1, ... from `first_call` on, so that the same text gives the same reply. What looks like a call
+    and is none (no JSON, no name, arguments that are no object, a call that is never closed) is in `malformed`.
 
     Args:
         text: without the token that ends the turn.
         finish_reason: "stop" or "length"; "stop" becomes "tool_calls" where a tool is called.
     """
     parser = AnswerParser()
-    said, thought, calls, malformed = [], [], [], []
+    said, thought, malformed = [], [], []
+    calls: list[dict[str, Any]] = []
     for piece in [*parser.feed(text), *parser.finish()]:
         if piece.kind == "reasoning":
             thought.append(piece.text)
@@ -36,7 +38,7 @@ def parse_reply(text: str, finish_reason: str = "stop", first_call: int = 0) -> 
     return ModelReply("".join(said), "".join(thought), tuple(calls), reason, tuple(malformed))
 
 
-def _arguments(text: str) -> dict | None:
+def _arguments(text: str) -> dict[str, Any] | None:
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`BatchThread`: one engine on a thread of its own, for policies and scorers: requests in, finished ones back, orders between steps.
+"""`BatchThread`: one engine on a thread of its own, for policies and scorers: requests in, finished ones back.
 
 Unlike `EngineService` it takes prompts that are laid out already, and runs other work (new weights, interruptions) between two
 batches. What goes wrong in a batch ends the requests of that batch.

@@ -49,9 +49,7 @@ def sample_batch(logits_BV: Tensor, samplings: Sequence[SamplingParameters], dra
         tokens_B[some] = _at(probabilities, torch.tensor(list(rows.values()), dtype=torch.float64, device=logits_BV.device))
     return [
         token if row in rows or sampling.temperature < SMALLEST_TEMPERATURE else sample(logits, sampling, draw)
-        for row, (token, logits, sampling, draw) in enumerate(
-            zip(tokens_B.tolist(), logits_BV, samplings, draws, strict=True)
-        )
+        for row, (token, logits, sampling, draw) in enumerate(zip(tokens_B.tolist(), logits_BV, samplings, draws, strict=True))
     ]
 
 

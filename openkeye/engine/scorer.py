@@ -9,7 +9,7 @@ Letters: T output tokens, K chosen tokens a row, k likeliest tokens a row, N row
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -117,9 +117,7 @@ class Scorer:
         sampling = SamplingParameters(max_new_tokens=1)
         given = output_T[:-1].tolist()
         # The last token is judged by the one before it.
-        request = await asyncio.to_thread(
-            Request, prompt, sampling, frozenset(), given_ids=given, waits_for_prefix=True
-        )
+        request = await asyncio.to_thread(Request, prompt, sampling, frozenset(), given_ids=given, waits_for_prefix=True)
         job = self._jobs[request] = _Job(output_T, chosen_TK, top_k, self._empty(output_T, chosen_TK, top_k))
         try:
             await asyncio.wrap_future(self._thread.submit(request))
@@ -239,5 +237,5 @@ def _key(model: str, prompt: Prompt, output_T: np.ndarray, chosen_TK: np.ndarray
 def _name_of(item: np.ndarray | Frames | VideoRequest) -> str:
     if isinstance(item, VideoRequest):
         return f"{item.source} {item.plan} {item.frame_numbers.tolist()}"
-    pictures: Sequence[np.ndarray] = item.pixels if isinstance(item, Frames) else [item]
+    pictures = item.pixels if isinstance(item, Frames) else item[None]
     return " ".join(picture_hash(picture) for picture in pictures)

@@ -50,8 +50,10 @@ def write_update(folder: str | Path, update: WeightUpdate) -> Path:
             tensors[name] = change
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata |= {f"digest:{name}": digest for name, digest in _digests(tensors).items()}
-    # Tensors may share memory (tied weights), which the format does not take.
-    tensors = {name: tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        # Several may lie in one memory (joined projections, tied weights), which the format does not take.
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensors[name] = tensor.clone()
     beside = path.with_suffix(f".{os.getpid()}.new")
     save_file(tensors, beside, metadata)
     with beside.open("rb") as file:
@@ -124,7 +126,7 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     def digest(tensor: Tensor) -> str:
         content = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-        content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return content.hexdigest()
 
     with ThreadPoolExecutor(NUM_HASHING_THREADS) as pool:

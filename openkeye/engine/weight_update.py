@@ -1,7 +1,8 @@
 """New weights for a running engine, between two of its steps: whole tensors, or the elements that changed.
 
-Names and layouts are the published ones. Values go into the parameters that are there, so that projections joined for answering,
-captured graphs and views stay valid; experts in e4m3 are quantised again. A delta gives the same bits as the whole tensor.
+Names and layouts are the published ones. Values go into the parameters that are there, so that projections joined for
+answering, captured graphs and views stay valid; experts in e4m3 are quantised again. A delta gives the same bits as the whole
+tensor.
 
 Letters: N changed elements.
 """
@@ -63,7 +64,7 @@ class WeightUpdate:
 
 
 def changes_between(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Change]:
-    """What of `new` differs from `old` in any bit: deltas where they are smaller than whole tensors. Unchanged ones are left out.
+    """What of `new` differs from `old` in any bit: deltas where they are smaller than whole tensors; nothing of unchanged ones.
 
     Raises:
         InputError: the two are not of the same names, shapes and dtypes.

@@ -53,9 +53,7 @@ class Continuation:
         return [
             token
             for text, is_prose in self._behind_mark(pieces)
-            for token in (
-                self._processor.encode_text(text) if is_prose else self._processor.tokenizer.encode_template(text)
-            )
+            for token in (self._processor.encode_text(text) if is_prose else self._processor.tokenizer.encode_template(text))
         ]
 
     def _behind_mark(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:

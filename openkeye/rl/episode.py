@@ -112,8 +112,8 @@ async def run_episode(
         prompt: of the opening messages, where it is laid out already: members of a group share one.
 
     Returns:
-        The rollout with its rewards: of `Task.score` for a single answer, of `Environment.score` for an episode. Where the world
-        broke or was too slow `finish_reason` is "failed", and there are no rewards.
+        The rollout with its rewards: of `Task.score` for a single answer, of `Environment.score` for an episode. Where the
+        world broke or was too slow `finish_reason` is "failed", and there are no rewards.
 
     Raises:
         EpisodeInterrupted: by `PolicyEngine.interrupt`.
@@ -181,9 +181,7 @@ class _Episode:
         opening = await _within(environment.reset(), self.limits.step_seconds, state.id, "reset")
         self.state = replace(state, messages=tuple(opening.messages), tools=tuple(opening.tools))
 
-    async def _turns(
-        self, prompt: Prompt, continuation: Continuation, on_turn: OnTurn | None
-    ) -> tuple[str, ModelReply]:
+    async def _turns(self, prompt: Prompt, continuation: Continuation, on_turn: OnTurn | None) -> tuple[str, ModelReply]:
         """All turns; returns why the last one ended and what it said."""
         reply = ModelReply("", finish_reason="length")
         while (room := self._room(prompt)) > 0 and self.state.num_turns < self.limits.max_turns:
@@ -222,9 +220,7 @@ class _Episode:
         state = self.state
         sampling = replace(self.sampling, max_new_tokens=room, stop=())
         try:
-            turn = await self.policy.sample(
-                prompt, sampling, state.id, given_ids=state.output_ids, partial=state.partial
-            )
+            turn = await self.policy.sample(prompt, sampling, state.id, given_ids=state.output_ids, partial=state.partial)
         except TurnInterrupted as interrupted:
             self.state = replace(state, partial=interrupted.partial)
             raise EpisodeInterrupted(self._with_environment()) from None

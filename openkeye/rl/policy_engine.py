@@ -275,7 +275,7 @@ class PolicyEngine:
 
 def lay_out_prompt(messages: Sequence[Message], processor: Processor, tools: Sequence[Mapping[str, Any]] = ()) -> Prompt:
     """See `PolicyEngine.lay_out`. A learner that lays the same messages out gets the same tokens, positions and pixels."""
-    options = {"tools": list(tools)} if tools else {}
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     prompt = lay_out(messages, processor, num_reserved_tokens=1, **options)
     if not any(isinstance(item, VideoRequest) for item in prompt.media):
         return prompt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openkeye.data.convert import pixels_of
-from openkeye.data.document import Document, PixelPictures, Pictures
+from openkeye.data.document import Document, Pictures, PixelPictures
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.rollout import Rollout
 
