@@ -100,8 +100,8 @@ class Scheduler:
         A prompt is cut at multiples of the chunk, and tokens of an answer that were lost with its pages are computed one by
         one, as they were the first time.
         """
-        answers = [request for request in self.running if request.is_prefilled]
         prompt, count = self._next_fixed_part()
+        answers = [request for request in self.running if request.is_prefilled]
         self._is_prompts_turn = prompt is not None and not (self._is_prompts_turn and answers)
         if prompt is not None and self._is_prompts_turn:
             return Batch([self._segment(prompt, count)], self.config.prefill_chunk_tokens - count, is_prompt=True)
@@ -113,6 +113,9 @@ class Scheduler:
         chunk = self.config.prefill_chunk_tokens
         unfinished = iter([request for request in self.running if not request.is_prefilled])
         while (request := next(unfinished, None) or self._admit_next()) is not None:
+            if request.is_prefilled:
+                # Its whole prompt was found, and a part of what is given behind it.
+                continue
             num_ready = self._num_due(request)
             count = min(chunk - request.num_computed % chunk, request.num_prompt - request.num_computed)
             # What fills the store before a part is whole has to run: else nothing more would come.
