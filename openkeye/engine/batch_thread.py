@@ -45,12 +45,15 @@ class BatchThread:
         engine.scheduler.on_news = self._wake
         self._thread.start()
 
-    def submit(self, request: Request) -> "Future[Request]":
-        """Run a request; its future has it when it is finished, or what ended it. Safe on any thread."""
+    def submit(self, request: Request, check: Callable[[], None] = lambda: None) -> "Future[Request]":
+        """Run a request; its future has it when it is finished, or what ended it. Safe on any thread.
+
+        check: called on the thread before it is queued; what it raises ends the request.
+        """
         finished: Future[Request] = Future()
         # From here on nobody can cancel it behind the thread's back.
         finished.set_running_or_notify_cancel()
-        self.call(lambda: self._add(request, finished)).add_done_callback(lambda order: _pass_error(order, finished))
+        self.call(lambda: self._add(request, check, finished)).add_done_callback(lambda order: _pass_error(order, finished))
         return finished
 
     def call(self, order: Callable[[], Result]) -> "Future[Result]":
@@ -130,7 +133,8 @@ class BatchThread:
             else:
                 future.set_result(result)
 
-    def _add(self, request: Request, finished: "Future[Request]") -> None:
+    def _add(self, request: Request, check: Callable[[], None], finished: "Future[Request]") -> None:
+        check()
         self.engine.scheduler.add(request)
         self._futures[request] = finished
 

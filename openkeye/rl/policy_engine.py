@@ -103,6 +103,8 @@ class PolicyEngine:
         self._engine = engine
         self.config = config or PolicyConfig()
         self._id_of: dict[Request, RolloutId] = {}
+        self._interruptions: list[Collection[RolloutId] | None] = []
+        # whom each was for; the thread's own
         self._thread = BatchThread(engine, engine.run_batch, "openkeye-policy")
 
     @property
@@ -155,10 +157,17 @@ class PolicyEngine:
             InputError: no room for one token in the context or in the engine's pages, or stop strings.
             TurnInterrupted: by `interrupt`.
         """
+        num_interruptions = len(self._interruptions)
         request = await asyncio.to_thread(self._request, prompt, sampling, id, given_ids, partial)
+
+        def check() -> None:
+            # Whoever interrupts means those too that are just being laid out.
+            if any(ids is None or id in ids for ids in self._interruptions[num_interruptions:]):
+                raise TurnInterrupted(_partial_of(request))
+
         self._id_of[request] = id
         try:
-            await asyncio.wrap_future(self._thread.submit(request))
+            await asyncio.wrap_future(self._thread.submit(request, check))
         except asyncio.CancelledError:
             # Nobody waits for it any more.
             self._thread.call(lambda: self._thread.end(request, TurnInterrupted(_partial_of(request))))
@@ -170,7 +179,8 @@ class PolicyEngine:
     async def interrupt(self, ids: Collection[RolloutId] | None = None) -> dict[RolloutId, PartialTurn]:
         """End unfinished turns, all or those of some rollouts, before the next batch.
 
-        Their `sample` raises `TurnInterrupted`; what they have is returned here too.
+        Their `sample` raises `TurnInterrupted`; what they have is returned here too, but of turns that have not reached the
+        engine. An episode whose environment acts meanwhile has no turn under way, and begins its next one.
         """
         return await asyncio.wrap_future(self._thread.call(lambda: self._interrupt(ids)))
 
@@ -252,6 +262,7 @@ class PolicyEngine:
 
     def _interrupt(self, ids: Collection[RolloutId] | None) -> dict[RolloutId, PartialTurn]:
         partials = {}
+        self._interruptions.append(ids)
         for request in self._thread.requests:
             id = self._id_of.get(request)
             # (one without an id has been left by its caller just now)

@@ -64,12 +64,16 @@ def test_scores_are_those_of_a_dense_log_softmax(video, config):
     for messages, output, ids, scored in zip(questions, outputs, chosen, with_scorer(engine, work, slab_rows=5), strict=True):
         expected = dense(engine, messages, output)
         assert scored.model == "teacher" and scored.logprobs.dtype == scored.chosen.dtype == np.float32
-        assert scored.logprobs == pytest.approx(expected.gather(1, torch.from_numpy(output).long()[:, None])[:, 0].numpy(), abs=2e-5)
+        assert scored.logprobs == pytest.approx(
+            expected.gather(1, torch.from_numpy(output).long()[:, None])[:, 0].numpy(), abs=2e-5
+        )
         of_chosen = expected.gather(1, torch.from_numpy(ids.clip(min=0))).numpy()
         assert scored.chosen == pytest.approx(np.where(ids == -1, -np.inf, of_chosen), abs=2e-5)
         values, _ = expected.topk(6)
         assert scored.top_logprobs == pytest.approx(values.numpy(), abs=2e-5)
-        assert scored.top_logprobs == pytest.approx(expected.gather(1, torch.from_numpy(scored.top_ids).long()).numpy(), abs=2e-5)
+        assert scored.top_logprobs == pytest.approx(
+            expected.gather(1, torch.from_numpy(scored.top_ids).long()).numpy(), abs=2e-5
+        )
 
 
 def test_no_more_rows_of_logits_than_a_slab_stand_in_memory():
@@ -140,4 +144,3 @@ def test_what_cannot_be_scored_is_refused():
         return await scorer.score(prompt, OUTPUT)
 
     assert len(with_scorer(engine, work).logprobs) == len(OUTPUT)
-

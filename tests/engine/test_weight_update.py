@@ -69,7 +69,9 @@ def test_published_weights_are_the_checkpoints_bit_by_bit(old, new, checkpoint, 
     assert is_delta is any(isinstance(change, Delta) for change in changes.values())
     apply_update(engine, WeightUpdate(1, changes, 0 if is_delta else None))
     states = state(engine), state(expected)
-    assert states[0].keys() == states[1].keys() and not [name for name in states[0] if not states[0][name].equal(states[1][name])]
+    assert states[0].keys() == states[1].keys() and not [
+        name for name in states[0] if not states[0][name].equal(states[1][name])
+    ]
     assert engine.version == 1
     # The joined projections too, the pages and the pictures.
     assert said(engine, chat(video, QUESTIONS[0])) == said(expected, chat(video, QUESTIONS[0]))

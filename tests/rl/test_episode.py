@@ -60,7 +60,9 @@ def test_an_episode_is_what_the_template_renders_and_only_the_policy_is_learnt(v
     prompt, rollout = with_policy(engine, work)
     said = [rollout.output_ids[part] for part in runs(rollout.is_policy)]
     texts = [engine.processor.decode(ids[:-1].tolist()) for ids in said]
-    assert len(said) == 3 and all(engine.processor.encode_text(text) == ids[:-1].tolist() for text, ids in zip(texts, said, strict=True))
+    assert len(said) == 3 and all(
+        engine.processor.encode_text(text) == ids[:-1].tolist() for text, ids in zip(texts, said, strict=True)
+    )
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTIONS[0]}]}]
     for number, text in enumerate(texts):
         messages.append({"role": "assistant", "content": text})
@@ -143,7 +145,9 @@ def test_a_world_that_breaks_or_hangs_costs_its_own_rollout_alone(what, how, bar
 
     async def work(policy):
         tasks = (bad, good)
-        episodes = (run_episode(policy, task, task.read(0), id_of(n), limits=limits, sampling=GREEDY) for n, task in enumerate(tasks))
+        episodes = (
+            run_episode(policy, task, task.read(0), id_of(n), limits=limits, sampling=GREEDY) for n, task in enumerate(tasks)
+        )
         return await asyncio.gather(*episodes)
 
     rollout, other = with_policy(bare, work)

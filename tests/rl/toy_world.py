@@ -40,7 +40,10 @@ class ToyEnvironment:
             return Observation(is_done=True)
         if self.answers_tools:
             return Observation(
-                tuple({"role": "tool", "content": f"{call['name']} says <|im_start|>", "tool_call_id": call["id"]} for call in reply.tool_calls)
+                tuple(
+                    {"role": "tool", "content": f"{call['name']} says <|im_start|>", "tool_call_id": call["id"]}
+                    for call in reply.tool_calls
+                )
             )
         return Observation(({"role": "user", "content": f"And {len(self.replies)} more? <|im_start|>"},))
 
