@@ -24,7 +24,7 @@ from openkeye.engine.config import SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.engine.recorded_answer import RecordedAnswer
 from openkeye.engine.request import Request
-from openkeye.engine.update_file import read_update
+from openkeye.engine.update_file import read_update, updates_from
 from openkeye.engine.weight_update import Change, WeightUpdate, apply_update
 from openkeye.inputs.encode import assemble, lay_out
 from openkeye.inputs.processor import Processor
@@ -98,9 +98,13 @@ class TurnInterrupted(Exception):
 class PolicyEngine:
     """An `Engine` with a version, for many callers on one event loop or several. Nobody else may use that engine meanwhile."""
 
-    def __init__(self, engine: Engine, config: PolicyConfig | None = None) -> None:
-        """Routes are recorded where the engine's `EngineConfig.records_routes` says so."""
+    def __init__(self, engine: Engine, config: PolicyConfig | None = None, version: int = 0) -> None:
+        """version: of the weights that the engine has loaded.
+
+        Routes are recorded where the engine's `EngineConfig.records_routes` says so.
+        """
         self._engine = engine
+        engine.version = version
         self.config = config or PolicyConfig()
         self._id_of: dict[Request, RolloutId] = {}
         self._interruptions: list[Collection[RolloutId] | None] = []
@@ -212,6 +216,12 @@ class PolicyEngine:
     async def publish_file(self, path: str | Path, interrupts: bool = False) -> dict[RolloutId, PartialTurn]:
         """`publish` from a file of `update_file.write_update`, which is read and checked while sampling goes on."""
         return await self._put(await asyncio.to_thread(read_update, path), interrupts)
+
+    async def publish_folder(self, folder: str | Path) -> int:
+        """Go on with the newest weights of a folder of updates, where there are newer ones; returns the version."""
+        for path in await asyncio.to_thread(updates_from, folder, self.version):
+            await self.publish_file(path)
+        return self.version
 
     async def hold(self) -> None:
         """Sample nothing from the batch under way on until `go_on`; orders are carried out meanwhile."""

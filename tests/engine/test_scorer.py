@@ -1,4 +1,4 @@
-"""Scores of given tokens are those of a dense log-softmax over the whole vocabulary, however they are cut, batched and remembered."""
+"""Scores of given tokens are those of a dense log-softmax over the whole vocabulary, however they are cut and batched."""
 
 import asyncio
 

@@ -137,31 +137,21 @@ def test_a_single_answer_is_scored_by_its_task():
     assert response.text == rollout.text and response.num_tokens == rollout.num_policy_tokens == len(rollout.output_ids)
 
 
-@pytest.mark.parametrize("what", ["reset", "step", "score"])
 @pytest.mark.parametrize("how", ["breaks_in", "hangs_in"])
-def test_a_world_that_breaks_or_hangs_costs_its_own_rollout_alone(what, how, bare):
-    limits = EpisodeLimits(max_turn_tokens=4, step_seconds=0.3, score_seconds=0.3)
-    bad, good = ToyTask(ToyEnvironment(2, **{how: what})), ToyTask()
+def test_a_world_that_breaks_or_hangs_costs_its_own_rollout_alone(how):
+    limits = EpisodeLimits(step_seconds=0.3, score_seconds=0.3)
+    worlds = [ToyEnvironment(2, **{how: what}) for what in ("reset", "step", "score")]
+    tasks = [*(ToyTask(world) for world in worlds), ToyTask(breaks=True), ToyTask()]
 
     async def work(policy):
-        tasks = (bad, good)
-        episodes = (
-            run_episode(policy, task, task.read(0), id_of(n), limits=limits, sampling=GREEDY) for n, task in enumerate(tasks)
-        )
-        return await asyncio.gather(*episodes)
+        named = list(enumerate(tasks))
+        begun = [run_episode(policy, task, task.read(0), id_of(n), limits=limits, sampling=GREEDY) for n, task in named]
+        return await asyncio.gather(*begun)
 
-    rollout, other = with_policy(bare, work)
-    if what == "step":
-        # (a turn that is cut is not answered)
-        assert rollout.finish_reason in ("failed", "length")
-    else:
-        assert rollout.finish_reason == "failed" and rollout.rewards == {}
-    assert other.rewards == {"outcome": 0.5}
-
-
-@pytest.fixture
-def bare():
-    return Engine()
+    *bad, good = with_policy(Engine(), work)
+    assert [(rollout.finish_reason, dict(rollout.rewards)) for rollout in bad] == [("failed", {})] * 4
+    assert [bool(len(rollout.output_ids)) for rollout in bad] == [False, True, True, True]
+    assert good.finish_reason == "stop" and good.rewards == {"outcome": 0.5}
 
 
 def test_budgets_end_an_episode():

@@ -1,4 +1,4 @@
-"""What rollouts sample: log-probabilities that scoring confirms, versions, routes, interruptions, one prompt read for a group."""
+"""What rollouts sample: log-probabilities that scoring confirms, versions, routes, interruptions, one prompt for a group."""
 
 import asyncio
 import pickle
@@ -242,6 +242,22 @@ def test_a_publication_may_hand_unfinished_turns_out(weights):
     partial, turn = with_policy(engine, work)
     assert len(turn.ids) == 60 and (turn.ids[: len(partial.ids)] == partial.ids).all()
     assert turn.versions.tolist() == [0] * len(partial.ids) + [1] * (60 - len(partial.ids))
+
+
+def test_an_engine_catches_up_with_a_folder_of_updates(weights, tmp_path):
+    old, new = weights
+    newest = changed(new, seed=3)
+    write_update(tmp_path, WeightUpdate(5, changes_between(old, new), 4))
+    write_update(tmp_path, WeightUpdate(6, changes_between(new, newest), 5))
+    engine, expected = Engine(), load_model(Engine().model_dir, "cpu", torch.float32)
+    expected.load_state_dict(newest)
+    policy = PolicyEngine(engine, version=4)
+    try:
+        assert [asyncio.run(policy.publish_folder(tmp_path)) for _ in range(2)] == [6, 6]
+    finally:
+        policy.close()
+    parameters = dict(engine.runner.model.named_parameters())
+    assert all(parameters[name].equal(tensor) for name, tensor in expected.named_parameters())
 
 
 def test_a_given_turn_is_found_in_the_pages_that_it_left():
