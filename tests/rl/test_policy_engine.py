@@ -213,7 +213,11 @@ def test_weights_change_in_the_middle_of_a_turn(weights, keys, tmp_path):
     assert turn.has_mixed_keys is (keys == "keep") and not later.has_mixed_keys
     assert (later.versions == 7).all() and (turn.routes[:-1] >= 0).all()
     num_old = int((turn.versions == 0).sum())
-    before = with_policy(endless(), lambda policy: policy.sample(prompt, sampling, id_of(0)))
+    recording = endless(EngineConfig(records_routes=True))
+    before = with_policy(recording, lambda policy: policy.sample(prompt, sampling, id_of(0)))
+    # Routes by which a token was sampled stay, also where its keys are made again.
+    known = prompt.num_tokens + num_old - 1
+    assert (before.routes[:known] == turn.routes[:known]).all()
     assert (before.ids[:num_old] == turn.ids[:num_old]).all() and not (before.ids == turn.ids).all()
     # What comes later is the new weights' alone, as if there had been no others.
 
