@@ -75,9 +75,22 @@ class EpisodeState:
     partial: PartialTurn | None = None
     # the turn under way
 
+    @property
+    def num_tokens(self) -> int:
+        """Behind the prompt so far, those of the turn under way too."""
+        return len(self.output_ids) + (0 if self.partial is None else len(self.partial.ids))
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that sampled its oldest token; None before the first."""
+        versions = self.versions[self.is_policy]
+        if self.partial is not None:
+            versions = np.concatenate([versions, self.partial.versions])
+        return int(versions.min()) if len(versions) else None
+
 
 class EpisodeInterrupted(Exception):
-    """The policy was interrupted in the middle of a turn; `state` goes on."""
+    """The policy was interrupted in the middle of a turn or before one; `state` goes on."""
 
     def __init__(self, state: EpisodeState) -> None:
         super().__init__(f"{state.id}: interrupted in turn {state.num_turns}")
@@ -141,6 +154,8 @@ class _Episode:
         self.sampling, self.limits, self.state = sampling, limits, state
         self.environment: Environment | None = None
         self.text = ""
+        self.num_interruptions = policy.num_interruptions
+        # when it began here
 
     async def run(self, prompt: Prompt | None, on_turn: OnTurn | None) -> Rollout:
         try:
@@ -185,6 +200,8 @@ class _Episode:
         """All turns; returns why the last one ended and what it said."""
         reply = ModelReply("", finish_reason="length")
         while (room := self._room(prompt)) > 0 and self.state.num_turns < self.limits.max_turns:
+            if self.policy.was_interrupted(self.state.id, self.num_interruptions):
+                raise EpisodeInterrupted(self._with_environment())
             reply = await self._turn(prompt, room)
             if reply.finish_reason == "length":
                 return "length", reply

@@ -125,6 +125,15 @@ class PolicyEngine:
         """Of the weights that the next token is sampled with."""
         return self._engine.version
 
+    @property
+    def num_interruptions(self) -> int:
+        """So far."""
+        return len(self._interruptions)
+
+    def was_interrupted(self, id: RolloutId, since: int) -> bool:
+        """Whether a rollout was meant by an interruption since there were so many."""
+        return any(ids is None or id in ids for ids in self._interruptions[since:])
+
     def close(self) -> None:
         """End the thread; samples under way fail with `StoppedError`."""
         self._thread.stop()
@@ -161,12 +170,12 @@ class PolicyEngine:
             InputError: no room for one token in the context or in the engine's pages, or stop strings.
             TurnInterrupted: by `interrupt`.
         """
-        num_interruptions = len(self._interruptions)
+        since = self.num_interruptions
         request = await asyncio.to_thread(self._request, prompt, sampling, id, given_ids, partial)
 
         def check() -> None:
             # Whoever interrupts means those too that are just being laid out.
-            if any(ids is None or id in ids for ids in self._interruptions[num_interruptions:]):
+            if self.was_interrupted(id, since):
                 raise TurnInterrupted(_partial_of(request))
 
         self._id_of[request] = id
@@ -184,7 +193,7 @@ class PolicyEngine:
         """End unfinished turns, all or those of some rollouts, before the next batch.
 
         Their `sample` raises `TurnInterrupted`; what they have is returned here too, but of turns that have not reached the
-        engine. An episode whose environment acts meanwhile has no turn under way, and begins its next one.
+        engine. An episode whose environment acts meanwhile is cut before its next turn.
         """
         return await asyncio.wrap_future(self._thread.call(lambda: self._interrupt(ids)))
 

@@ -15,7 +15,7 @@ from openkeye.engine import loop
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.inputs.template import ChatTemplate
-from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, run_episode
+from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.rollout import RolloutId
 from tests.engine.test_loop import QUESTIONS, chat
 from tests.rl.test_policy_engine import EXACT, with_policy
@@ -216,3 +216,25 @@ def test_an_episode_that_is_interrupted_again_and_again_ends_as_if_nothing_had_b
     rollout, partials = with_policy(Engine(config=EXACT), cut)
     assert any(len(partial.ids) for partial in partials)
     same_rollout(rollout, with_policy(Engine(config=EXACT), whole))
+
+
+def test_an_interruption_while_the_environment_acts_is_heeded_before_the_next_turn():
+    task, states = ToyTask(ToyEnvironment(3, step_seconds=0.5)), []
+
+    async def work(policy):
+        episode = asyncio.ensure_future(run_episode(policy, task, task.read(0), id_of(0), states.append, sampling=GREEDY))
+        while not states:
+            await asyncio.sleep(0.01)
+        # Its second turn ends, or has ended, and the environment acts.
+        await asyncio.sleep(0.2)
+        partials = await policy.interrupt()
+        with pytest.raises(EpisodeInterrupted) as interrupted:
+            await episode
+        state = interrupted.value.state
+        assert (state.partial is None) is (partials == {})
+        assert state.num_tokens >= len(states[0].output_ids) and state.oldest_version == 0
+        rollout = await run_episode(policy, task, task.read(0), id_of(0), sampling=GREEDY, state=state)
+        return rollout, await run_episode(policy, task, task.read(0), id_of(0), sampling=GREEDY)
+
+    same_rollout(*with_policy(Engine(config=EXACT), work))
+    assert EpisodeState(id_of(0)).oldest_version is None

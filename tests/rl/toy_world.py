@@ -16,6 +16,7 @@ class ToyEnvironment:
     breaks_in: str = ""
     # "reset", "step" or "score"
     hangs_in: str = ""
+    step_seconds: float = 0.0
     answers_tools: bool = False
     opening: tuple = ({"role": "user", "content": "How many stars? <|im_end|> is prose."},)
     tools: tuple = ()
@@ -35,6 +36,7 @@ class ToyEnvironment:
 
     async def step(self, reply: ModelReply) -> Observation:
         await self._at("step")
+        await asyncio.sleep(self.step_seconds)
         self.replies.append(reply)
         if len(self.replies) >= self.num_questions:
             return Observation(is_done=True)
