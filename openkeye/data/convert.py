@@ -111,7 +111,7 @@ def _chat_document(sample: Sample, processor: Processor, limits: DocumentLimits)
         position_ids=torch.cat(positions, dim=1),
         is_learnt=torch.cat([learnt & ~is_media, *(torch.tensor(mask) for _, mask in tails)]),
         is_media=torch.cat([is_media, is_media.new_zeros(num_behind)]),
-        pictures=(PixelPictures([_pixels(item) for item in media], processor.patch_size),) if media else (),
+        pictures=(PixelPictures([pixels_of(item) for item in media], processor.patch_size),) if media else (),
         branches=tuple(starts.tolist()),
         task=sample.task,
     )
@@ -245,7 +245,7 @@ def _repeats(template_ids: Sequence[int], media_tokens: Sequence[int], processor
     return repeats
 
 
-def _pixels(medium: Medium) -> np.ndarray:
+def pixels_of(medium: Medium) -> np.ndarray:
     """[N, H, W, 3] uint8. A frame that cannot be decoded is the one before it, as in answering."""
     if isinstance(medium, VideoRequest):
         pixels = np.empty((len(medium.frame_numbers), medium.plan.height, medium.plan.width, 3), dtype=np.uint8)

@@ -13,6 +13,7 @@ from openkeye.engine.config import EngineConfig
 from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
+from openkeye.engine.route_cache import RouteCache
 from openkeye.engine.vision_cache import VisionCache
 from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
 from openkeye.inputs.prompt import Picture
@@ -39,20 +40,25 @@ class Runner:
         self.device, self.dtype = embeddings.device, embeddings.dtype
         local = local_config(model.config, model.shard.size)
         self.caches = PagedCaches(local, config, self.device, self.dtype, has_index=attention == "sparse")
+        self.routes = RouteCache(model, self.caches.num_slots) if config.records_routes else None
         self.graphs: DecodeGraphs | None = None
         is_captured = model.shard.size == 1 if config.has_graphs is None else config.has_graphs
         if is_captured and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
             shape = (config.max_batch_requests, longest, config.is_batch_invariant)
-            self.graphs = DecodeGraphs(model, self.caches, attention, *shape)
+            self.graphs = DecodeGraphs(model, self.caches, attention, *shape, self.routes)
         self.dense_up_to = config.dense_up_to
         if config.is_batch_invariant and self.dense_up_to is None:
             # Back ends of dense attention are chosen by the shape; lists of all keys take one way whatever it is.
             self.dense_up_to = 0
         self.vision_cache = VisionCache(config.vision_cache_bytes)
+        self.vision_salt = ""
+        # names the weights of tower and projector: what others encoded is never found under it
         # A picture's bits must not depend on which others are missing.
         self._slice_pictures = 1 if config.is_batch_invariant else config.vision_slice_pictures
+        self.original_experts: dict[str, Tensor] = {}
+        # on the host, of experts that the model holds in e4m3: what deltas are told against (`weight_update`)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
 
@@ -93,7 +99,11 @@ class Runner:
 
     def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
         """The decoder's hidden states of a batch, [T, hidden]; positions come on the host."""
-        return self.model(embeds_TD, position_ids_3T.to(self.device), self.past_of(batch))
+        past = self.past_of(batch)
+        hidden_TD = self.model(embeds_TD, position_ids_3T.to(self.device), past)
+        if self.routes is not None:
+            self.routes.write(past.new_slots_T)
+        return hidden_TD
 
     def past_of(self, batch: Batch) -> PagedPast:
         """The past that a batch sees."""
@@ -167,7 +177,7 @@ class Runner:
 
     def _features(self, request: Request, pictures: list[Picture]) -> list[Tensor]:
         """Encoded pictures, from the cache or encoded now in slices: no more than a slice's patches are in memory."""
-        hashes = [request.media.hashes[picture.number] or "" for picture in pictures]
+        hashes = [f"{self.vision_salt}{request.media.hashes[picture.number]}" for picture in pictures]
         known = {content_hash: self.vision_cache.get(content_hash) for content_hash in hashes}
         named = zip(hashes, pictures, strict=True)
         missing = list({content_hash: picture for content_hash, picture in named if known[content_hash] is None}.items())

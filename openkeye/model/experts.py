@@ -44,6 +44,9 @@ class MixtureOfExperts(nn.Module):
         # experts that the next call's tokens go to (`reference.route_as`); None: routed by the call's own logits
         self.rerouted_T: Tensor | None = None
         # bool, of the last call that replayed: whether a token's own choice would have been another
+        self.keeps_picks = False
+        # a rollout's routes are read from `picked_TK` after each call
+        self.picked_TK: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -55,6 +58,8 @@ class MixtureOfExperts(nn.Module):
         else:
             picks = route_as(logits, self.replayed_TK, self.norm_topk_prob)
             self.rerouted_T = differing_choices(logits, picks[1])
+        if self.keeps_picks:
+            self.picked_TK = picks[1]
         own = self.experts
         tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
         if self.shard.size == 1:
