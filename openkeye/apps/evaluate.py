@@ -1,13 +1,14 @@
 """`openkeye evaluate frameforge`: asks every question of unseen clips through the path of `ask` and scores the answers.
 
-`openkeye evaluate needle` is in `evaluate_needle`.
+`openkeye evaluate needle` is in `evaluate_needle`, `openkeye evaluate task` in `evaluate_task`.
 """
 
 import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from openkeye.apps import evaluate_needle
+from openkeye.apps import evaluate_needle, evaluate_task
+from openkeye.apps.evaluate_task import add_task_suite
 from openkeye.apps.evaluate_text import add_text_suite
 from openkeye.apps.evaluate_text import run as run_text
 from openkeye.apps.model_options import add_model_options, engine_from
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle = suites.add_parser("needle", help="a thing shown for 3-4 s, by length and depth of the video")
     evaluate_needle.add_arguments(needle)
     add_text_suite(suites.add_parser("text", help="perplexity, the indexer's recall and needles of a text model"))
+    add_task_suite(suites.add_parser("task", help="any task of post-training, by its own rewards"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         return evaluate_needle.run(arguments)
     if arguments.suite == "text":
         return run_text(arguments)
+    if arguments.suite == "task":
+        return evaluate_task.run(arguments)
     if arguments.num < 1:
         raise InputError(f"--num is {arguments.num}; give at least 1")
     modes = ("sparse", "dense") if arguments.attention == "both" else (arguments.attention,)

@@ -34,6 +34,8 @@ class ApiCalls:
         InputError: a setting is out of its choices.
     """
 
+    level: int = 0
+    # of LEVELS, 1 to 5, whose values then replace those of the fields that it names; 0: each field's own
     split: str = "train"
     # of catalogue.SPLITS; training and held-out examples share no world
     min_calls: int = 1
@@ -54,6 +56,11 @@ class ApiCalls:
     # adds the reward "judge": what it says of the final state
 
     def __post_init__(self) -> None:
+        if self.level:
+            if self.level not in LEVELS:
+                raise InputError(f"api_calls: level is {self.level!r}; give one of {', '.join(map(str, LEVELS))}")
+            for name, value in LEVELS[self.level].items():
+                object.__setattr__(self, name, value)
         if self.split not in SPLITS:
             raise InputError(f"api_calls: split is {self.split!r}; give one of {', '.join(SPLITS)}")
         if self.wording not in WORDINGS:
@@ -67,13 +74,6 @@ class ApiCalls:
             raise InputError(f"api_calls: kinds {self.kinds!r}; give some of {', '.join(KINDS)}")
         if self.num_distractors < 0:
             raise InputError(f"api_calls: num_distractors is {self.num_distractors}; give a number from 0 on")
-
-    @classmethod
-    def at_level(cls, level: int, **settings: Any) -> "ApiCalls":
-        """Settings of a level from 1 (one call, one tool) to 5 (up to five calls among many tools)."""
-        if level not in LEVELS:
-            raise InputError(f"api_calls: level is {level!r}; give one of {', '.join(map(str, LEVELS))}")
-        return cls(**{**LEVELS[level], **settings})
 
     @property
     def name(self) -> str:

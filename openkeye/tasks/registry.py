@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from openkeye.common.checks import InputError
 from openkeye.common.fields import expected, unknown
@@ -17,9 +18,10 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "ocr": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "spatial": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "self_cognition": ("openkeye.tasks.self_cognition", "SelfCognitionTask", "SelfCognitionOptions"),
+    "api_calls": ("openkeye.tasks.api_calls", "ApiCalls", "ApiCalls"),
     "json_lines": ("openkeye.tasks.json_lines", "JsonLinesTask", "JsonLinesOptions"),
 }
-# name: module, class, record of its options; imported when it is opened
+# name: module, class, record of its options (a class may be its own); imported when it is opened
 TAKES_KIND = ("grounding", "counting", "ocr", "spatial")
 # several names of one class, which is told the name
 TAKES_PANEL = ("json_lines",)
@@ -39,6 +41,8 @@ def open_task(name: str, options: Mapping[str, Any] | None = None, panel: Panel 
     module_name, class_name, record_name = TASKS[name]
     module = import_module(module_name)
     settings = settings_of(getattr(module, record_name), options or {}, f"task {name!r}")
+    if class_name == record_name:
+        return settings
     make: Callable[..., Task] = getattr(module, class_name)
     if name in TAKES_KIND:
         return make(name, settings)
@@ -52,7 +56,8 @@ def settings_of(record: type, options: Mapping[str, Any], what: str) -> Any:
         InputError: an unknown name, a value of another type, a missing one, or one that the record refuses.
     """
     hints = get_type_hints(record)
-    fields = {one.name: one for one in dataclasses.fields(record)}
+    # Others than plain values are given by programs, never by name.
+    fields = {one.name: one for one in dataclasses.fields(record) if _is_plain(hints[one.name])}
     given = {}
     for key, value in options.items():
         if key not in fields:
@@ -76,3 +81,13 @@ def settings_of(record: type, options: Mapping[str, Any], what: str) -> Any:
     if missing:
         raise InputError(f"{what}: option {missing[0]} is missing; give it")
     return record(**given)
+
+
+def _is_plain(wanted: Any) -> bool:
+    """Whether it can be written in settings: numbers, texts, switches, lists, tables and records of these."""
+    if dataclasses.is_dataclass(wanted) or wanted in (int, float, str, bool):
+        return True
+    origin = get_origin(wanted)
+    if origin in (Union, UnionType):
+        return all(one is type(None) or _is_plain(one) for one in get_args(wanted))
+    return origin is not None and issubclass(origin, (tuple, list, Mapping))

@@ -61,7 +61,7 @@ def test_numbers_and_seeds_give_different_examples():
 @pytest.mark.parametrize("level", LEVELS)
 def test_levels_ask_for_so_many_calls_and_their_references_score_one(level):
     for wording in ("plain", "full"):
-        task = ApiCalls.at_level(level, wording=wording)
+        task = ApiCalls(level=level, wording=wording)
         for number in range(20):
             example = task.read(number)
             assert LEVELS[level]["min_calls"] <= example.facts["num_calls"] <= LEVELS[level]["max_calls"]
@@ -73,7 +73,7 @@ def test_levels_ask_for_so_many_calls_and_their_references_score_one(level):
 
 
 def test_scoring_is_of_the_transcript_and_leaves_the_example_alone():
-    task = ApiCalls.at_level(3)
+    task = ApiCalls(level=3)
     example = task.read(8)
     before = pickle.dumps(example.environment)
     messages, _ = reference_conversation(example)
@@ -86,7 +86,7 @@ def test_scoring_is_of_the_transcript_and_leaves_the_example_alone():
 
 def test_plain_references_are_learnt_with_the_smallest_models_template():
     processor = Processor.load(str(TOKENIZER.parent))
-    task = ApiCalls.at_level(3, wording="plain")
+    task = ApiCalls(level=3, wording="plain")
     for number, (messages, tools) in enumerate(reference_conversations(task, range(12))):
         sample = Sample(f"api_calls:{number}", messages, tools=tools, task="api_calls")
         document = to_document(sample, processor, DocumentLimits(context=2048))
@@ -99,7 +99,7 @@ def test_plain_references_are_learnt_with_the_smallest_models_template():
 def test_plain_prompts_are_short_in_the_smallest_models_tokens():
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     for level, most in ((1, 180), (2, 250), (3, 300), (4, 400)):
-        task = ApiCalls.at_level(level, wording="plain")
+        task = ApiCalls(level=level, wording="plain")
         for messages, tools in reference_conversations(task, range(60)):
             text = messages[0]["content"]
             ids = tokenizer.encode(text).ids
@@ -125,4 +125,4 @@ def test_a_wrong_setting_is_told(settings):
     with pytest.raises(InputError, match=r"api_calls: .*give"):
         ApiCalls(**settings)
     with pytest.raises(InputError, match="level is 9; give one of 1, 2"):
-        ApiCalls.at_level(9)
+        ApiCalls(level=9)
