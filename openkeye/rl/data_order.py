@@ -10,7 +10,7 @@ from openkeye.data.mixture import keyed, permuted
 
 
 class DataOrder:
-    """Tasks drawn by weight, so that they are mixed at every moment, each walked through in an order shuffled anew for each epoch."""
+    """Tasks drawn by weight, mixed at every moment; each is walked through in an order that is shuffled anew for each epoch."""
 
     def __init__(self, weights: Mapping[str, float], sizes: Mapping[str, int | None], seed: int) -> None:
         """

@@ -9,7 +9,7 @@ opened ─> (partial) ─> finished ─> scored ─┬─> consumed by an update
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,6 @@ class Member:
         """Of what there is of it; None where nothing has been sampled."""
         event = self.finished or self.partial
         return None if event is None else event.facts["oldest_version"]
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether there is anything that could become too old."""
-        return self.finished is not None or self.partial is not None
 
     def events(self) -> Iterator[Event]:
         """Everything that is still needed of it."""
@@ -100,30 +95,30 @@ class Consumed:
     groups: list[Group]
 
 
-@dataclass
 class GroupBook:
     """See the top of this file."""
 
-    journal: Journal
-    group_size: int
-    has_scorers: bool
-    groups: dict[int, Group] = field(default_factory=dict)
-    # open ones by number, in that order
-    updates: dict[int, Consumed] = field(default_factory=dict)
-    # since the last checkpoint, by the version that they begin at
-    evaluated: dict[int, dict[str, float]] = field(default_factory=dict)
-    # scores by version
-    next_group: int = 0
-    next_update: int = 0
-    checkpoint: int = 0
-    # version
-    published: int = -1
-    counts: Counter[str] = field(default_factory=Counter)
-    # since the last update was put together
-    _num_completed: int = 0
+    def __init__(self, journal: Journal, has_scorers: bool) -> None:
+        """has_scorers: whether a finished rollout has to be scored before its group is complete."""
+        self.journal = journal
+        self._has_scorers = has_scorers
+        self._compacted_bytes = 0
+        self._replay(journal.events)
 
-    def __post_init__(self) -> None:
-        for event in self.journal.events:
+    def _replay(self, events: Iterable[Event]) -> None:
+        self.groups: dict[int, Group] = {}
+        # open ones by number, in that order
+        self.updates: dict[int, Consumed] = {}
+        # since the last checkpoint, by the version that they begin at
+        self.evaluated: dict[int, dict[str, float]] = {}
+        # scores by version
+        self.next_group = self.next_update = self.checkpoint = 0
+        self.published = -1
+        # version
+        self.counts: Counter[str] = Counter()
+        # since the last update was put together
+        self._num_completed = 0
+        for event in events:
             self._apply(event)
 
     def record(self, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
@@ -187,9 +182,7 @@ class GroupBook:
         if one.scored is not None:
             rewards = one.scored.facts["rewards"]
             extras = {name.removeprefix(EXTRA): array for name, array in self.journal.arrays(one.scored).items()}
-        rollout = Rollout(
-            group.id(member), finish_reason=facts["finish_reason"], rewards=rewards, text=facts["text"], **arrays
-        )
+        rollout = Rollout(group.id(member), finish_reason=facts["finish_reason"], rewards=rewards, text=facts["text"], **arrays)
         return ScoredRollout(rollout, extras)
 
     def usable(self, group: Group) -> list[tuple[int, ScoredRollout]]:
@@ -202,12 +195,15 @@ class GroupBook:
         """Whether enough of a complete group's rollouts came to an end."""
         return group.num_usable >= min(MIN_COMPARED, len(group.members))
 
+    def compact_if_worth(self, least_bytes: int) -> None:
+        """Rewrite the journal with what is still needed, once it has doubled since the last time, and grown by this much more."""
+        if self.journal.num_bytes > 2 * self._compacted_bytes + least_bytes:
+            self.compact()
+            self._compacted_bytes = self.journal.num_bytes
+
     def compact(self) -> None:
         """Rewrite the journal with what is still needed alone."""
-        kept = self.journal.compact(list(self._needed()))
-        fresh = GroupBook(_Replayed(kept), self.group_size, self.has_scorers)  # type: ignore[arg-type]
-        fresh.journal = self.journal
-        self.__dict__.update(fresh.__dict__)
+        self._replay(self.journal.compact(list(self._needed())))
 
     def _needed(self) -> Iterable[Event]:
         yield Event(
@@ -244,7 +240,7 @@ class GroupBook:
     def _apply_opened(self, event: Event, facts: Mapping[str, Any]) -> None:
         number = facts["group"]
         assert number not in self.groups, f"group {number} is open already"
-        self.groups[number] = Group(event, [Member() for _ in range(facts["size"])], is_scored=self.has_scorers)
+        self.groups[number] = Group(event, [Member() for _ in range(facts["size"])], is_scored=self._has_scorers)
         self.next_group = max(self.next_group, number + 1)
 
     def _apply_begun_anew(self, event: Event, facts: Mapping[str, Any]) -> None:
@@ -306,13 +302,6 @@ class GroupBook:
         if not group.completed_at and all(group.is_done(member) for member in group.members):
             self._num_completed += 1
             group.completed_at = self._num_completed
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    """Events as a journal has them when it is opened."""
-
-    events: list[Event]
 
 
 def _rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:

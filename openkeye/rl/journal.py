@@ -5,7 +5,7 @@ A segment is a pair of files. `000003.jsonl` holds a line an event: the checksum
 on the disk before the line that names them, and the line before whoever appended it goes on. A segment is written by one
 process only and never appended to by the next, so only the last line of each can be cut short, and it tells of nothing then.
 
-Compaction writes what is still needed into a new segment whose first line says so, renames it into place, and deletes the others.
+Compaction writes what is still needed into a new segment whose first line says so, renames it into place, deletes the others.
 """
 
 import fcntl
@@ -164,7 +164,7 @@ class Journal:
                     # Cut short by a kill: nobody has acted on it.
                     return
                 raise InputError(
-                    f"{path}, line {place + 1} is damaged: restore the file, or delete it and its checkpoints' run to begin anew"
+                    f"{path}, line {place + 1} is damaged: restore the file, or give another run_dir to begin anew"
                 )
             if event.kind != COMPACTED:
                 yield event
@@ -211,7 +211,9 @@ class Journal:
 
     def _damaged(self, stored: Stored, why: str) -> InputError:
         path = self._path(stored.segment, ARRAYS)
-        return InputError(f"{path}, byte {stored.offset}: arrays cannot be read ({why}); restore the file, or give another run_dir")
+        return InputError(
+            f"{path}, byte {stored.offset}: arrays cannot be read ({why}); restore the file, or give another run_dir"
+        )
 
     def _delete(self, number: int) -> None:
         # Lines first: arrays without lines are nobody's.

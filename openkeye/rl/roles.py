@@ -20,7 +20,7 @@ class RoleLost(Exception):
     """The process of a role has died, or hung and was ended. What it was asked for may be asked again."""
 
     def __init__(self, role: str, why: str, culprit: str = "") -> None:
-        """culprit: label of the call that hung, where that is known; the other calls of the process were only its neighbours."""
+        """culprit: label of the call that hung, where that is known; other calls of the process were only its neighbours."""
         super().__init__(f"{role}: {why}")
         self.role, self.why, self.culprit = role, why, culprit
 
