@@ -95,8 +95,11 @@ class Orchestrator:
 
     async def _learn(self) -> bool:
         """Updates until the last one; True where that was reached."""
-        with closing(JsonLines(self.run_dir / LOG_FILE)) as self._log:
-            await self._begin()
+        begins, log_path = await self._opened(), self.run_dir / LOG_FILE
+        forget_after(log_path, begins)
+        self._logged = _last_step(log_path)
+        with closing(JsonLines(log_path)) as self._log:
+            await self._begin(begins)
             while self.book.next_update < self.config.num_steps:
                 began = time.monotonic()
                 batch = await self._batch()
@@ -109,12 +112,9 @@ class Orchestrator:
         self.reporter.say(f"finished: {self.config.out_dir} holds the model")
         return True
 
-    async def _begin(self) -> None:
-        """Bring the learner to where the journal is, and give its weights to the workers."""
+    async def _begin(self, begins: int) -> None:
+        """Bring the learner from the version of its checkpoint to where the journal is, and give its weights to the workers."""
         book, config = self.book, self.config
-        begins = await self._opened()
-        forget_after(self.run_dir / LOG_FILE, begins)
-        self._logged = _last_step(self.run_dir / LOG_FILE)
         if book.next_group:
             self.reporter.say(
                 f"going on from step {begins} of {config.num_steps}: {book.next_update - begins} updates to repeat, "
