@@ -196,7 +196,7 @@ class GroupBook:
         return group.num_usable >= min(MIN_COMPARED, len(group.members))
 
     def compact_if_worth(self, least_bytes: int) -> None:
-        """Rewrite the journal with what is still needed, once it has doubled since the last time, and grown by this much more."""
+        """Rewrite the journal with what is still needed, once it has doubled since the last time and grown by these bytes."""
         if self.journal.num_bytes > 2 * self._compacted_bytes + least_bytes:
             self.compact()
             self._compacted_bytes = self.journal.num_bytes

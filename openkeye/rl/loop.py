@@ -15,9 +15,10 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
+from typing import TypeVar
 
 from openkeye.common.checks import InputError, writing_to
 from openkeye.common.log import JsonLines, forget_after
@@ -36,6 +37,7 @@ LOG_FILE, STAGE = "log.jsonl", "post-training"
 JOURNAL_DIR, WEIGHTS_DIR = "journal", "weights"
 LEAST_COMPACTED_BYTES = 1 << 20
 WATCH_SECONDS = 0.1
+T = TypeVar("T")
 OpenRoles = Callable[[PostTrainingConfig], AbstractAsyncContextManager[Roles]]
 
 
@@ -95,7 +97,8 @@ class Orchestrator:
 
     async def _learn(self) -> bool:
         """Updates until the last one; True where that was reached."""
-        begins, log_path = await self._opened(), self.run_dir / LOG_FILE
+        begins = await self._ask_learner("the start", self._learner_begins, None)
+        log_path = self.run_dir / LOG_FILE
         forget_after(log_path, begins)
         self._logged = _last_step(log_path)
         with closing(JsonLines(log_path)) as self._log:
@@ -108,7 +111,8 @@ class Orchestrator:
                     return False
                 self._seconds["rollout"] = time.monotonic() - began
                 await self._update(batch)
-        await self.roles.learner.write_model(Path(self.config.out_dir))
+        out_dir = Path(self.config.out_dir)
+        await self._ask_learner("the model", lambda: self.roles.learner.write_model(out_dir), self.config.num_steps)
         self.reporter.say(f"finished: {self.config.out_dir} holds the model")
         return True
 
@@ -132,16 +136,42 @@ class Orchestrator:
         if book.next_update > book.checkpoint:
             await self._save()
 
-    async def _opened(self) -> int:
-        """The version of the learner's latest checkpoint, which has to be one that the journal can go on from."""
-        version, book = await self.roles.learner.open(), self.book
+    async def _ask_learner(self, what: str, ask: Callable[[], Awaitable[T]], version: int | None) -> T:
+        """Ask the learner something at a version: one that is lost is opened again, brought there, and asked again.
+
+        Args:
+            version: None: wherever its checkpoint is.
+        """
+        for number in range(1, self.config.max_losses + 1):
+            try:
+                if self._learner_version is None:
+                    await self.roles.learner.ready()
+                    self._learner_version = self._checked(await self.roles.learner.open())
+                for repeated in range(self._learner_version, self._learner_version if version is None else version):
+                    await self._step(repeated)
+                return await ask()
+            except RoleLost as lost:
+                self._learner_version = None
+                self.reporter.say(f"{what} begins again: {lost}")
+                if number == self.config.max_losses:
+                    raise InputError(
+                        f"{what} was given up after {number} losses ({lost}); look at the learner's output"
+                    ) from lost
+        raise AssertionError("max_losses is at least 1")
+
+    def _checked(self, version: int) -> int:
+        """The version of the learner's checkpoint, which has to be one that the journal can go on from."""
+        book = self.book
         if not book.checkpoint <= version <= book.next_update:
             raise InputError(
                 f"{self.run_dir}: the learner stands at step {version}, and the journal goes on from steps {book.checkpoint} "
                 f"to {book.next_update}; checkpoints and journal are of different runs: restore both, or give another run_dir"
             )
-        self._learner_version = version
         return version
+
+    async def _learner_begins(self) -> int:
+        assert self._learner_version is not None
+        return self._learner_version
 
     async def _batch(self) -> list[int] | None:
         """Numbers of the groups of the next update; None where the run is to stop."""
@@ -203,26 +233,11 @@ class Orchestrator:
             await self._save()
 
     async def _advance(self, version: int) -> Record:
-        """Update `version`, by a learner that may be lost at any time and then begins again at its checkpoint."""
+        """Update `version`."""
         began = time.monotonic()
-        for number in range(self.config.max_losses):
-            try:
-                if self._learner_version is None:
-                    await self.roles.learner.ready()
-                    await self._opened()
-                assert self._learner_version is not None
-                for repeated in range(self._learner_version, version):
-                    await self._step(repeated)
-                record = await self._step(version)
-            except RoleLost as lost:
-                self._learner_version = None
-                self.reporter.say(f"update {version} begins again: {lost}")
-                if number + 1 == self.config.max_losses:
-                    raise InputError(f"update {version} was given up after {number + 1} losses ({lost})") from lost
-            else:
-                self._seconds["update"] = time.monotonic() - began
-                return record
-        raise AssertionError("max_losses is at least 1")
+        record = await self._ask_learner(f"update {version}", lambda: self._step(version), version)
+        self._seconds["update"] = time.monotonic() - began
+        return record
 
     async def _step(self, version: int) -> Record:
         consumed = self.book.updates[version]
@@ -246,13 +261,8 @@ class Orchestrator:
         folder = self.run_dir / WEIGHTS_DIR
         with writing_to(folder):
             folder.mkdir(exist_ok=True)
-        while True:
-            try:
-                weights = await self.roles.learner.publish(folder / f"version-{version:06}.safetensors")
-                break
-            except RoleLost as lost:
-                self.reporter.say(f"version {version} is published again: {lost}")
-                await self._recover(version)
+        path = folder / f"version-{version:06}.safetensors"
+        weights = await self._ask_learner(f"publication {version}", lambda: self.roles.learner.publish(path), version)
         assert weights.version == version, f"the learner published version {weights.version}, not {version}"
         await self.sampling.publish(weights)
         self.book.record("published", {"version": version})
@@ -261,15 +271,6 @@ class Orchestrator:
             if old != Path(weights.path):
                 old.unlink()
         self._seconds["publish"] = time.monotonic() - began
-
-    async def _recover(self, version: int) -> None:
-        """Bring a learner that was lost back to a version."""
-        self._learner_version = None
-        if version > self.book.checkpoint:
-            await self._advance(version - 1)
-        else:
-            await self.roles.learner.ready()
-            await self._opened()
 
     async def _evaluate(self) -> Record:
         """Scores of the version that workers have; kept, so that no version is asked twice."""
@@ -293,13 +294,7 @@ class Orchestrator:
     async def _save(self) -> None:
         """A checkpoint, after which what was learnt before is no longer needed."""
         version = self.book.next_update
-        while True:
-            try:
-                await self.roles.learner.save()
-                break
-            except RoleLost as lost:
-                self.reporter.say(f"step {version} is saved again: {lost}")
-                await self._recover(version)
+        await self._ask_learner(f"checkpoint {version}", self.roles.learner.save, version)
         self.book.record("checkpoint", {"version": version})
         self.book.compact_if_worth(LEAST_COMPACTED_BYTES)
 

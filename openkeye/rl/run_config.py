@@ -116,7 +116,9 @@ class PostTrainingConfig:
         if not any(task.weight > 0 for task in self.tasks.values()):
             raise InputError("tasks has nothing with a weight above 0; give at least one")
         if twice := [name for name in self.tasks if self.evaluation_tasks.get(name, self.tasks[name]) != self.tasks[name]]:
-            raise InputError(f"tasks and evaluation_tasks both name {', '.join(twice)}, with other settings; rename one of them")
+            raise InputError(
+                f"tasks and evaluation_tasks both name {', '.join(twice)}, with other settings; rename one of them"
+            )
         if self.evaluate_every and not self.evaluation_tasks:
             raise InputError("evaluate_every is set and evaluation_tasks is empty; name tasks there, or set it to 0")
         if ":" not in self.opens:

@@ -1,4 +1,4 @@
-"""Small roles for tests of the control plane: everything that they do follows from ids and weights, so that runs can be compared.
+"""Small roles for tests of the control plane: all that they do follows from ids and weights, so that runs can be compared.
 
 The learner's weights are a digest of all that it has learnt in order, and what workers sample depends on that digest: two runs
 that end with the same weights have learnt the same rollouts, sampled by the same weights, in the same order.
@@ -224,7 +224,9 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     yield roles_of(config)
 
 
-def run_here(config: PostTrainingConfig, *workers: Any, stop_after_seconds: float = float("inf"), **roles: Any) -> SilentReporter:
+def run_here(
+    config: PostTrainingConfig, *workers: Any, stop_after_seconds: float = float("inf"), **roles: Any
+) -> SilentReporter:
     """A run in this process."""
 
     @asynccontextmanager
