@@ -82,6 +82,8 @@ class RoleProcess:
             say: told of deaths.
         """
         self.name = name
+        self.num_starts = 0
+        # processes so far
         self._folder, self._num_ranks, self._say = folder, num_ranks, say
         # The same code as here, wherever it was imported from.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
@@ -151,6 +153,7 @@ class RoleProcess:
         self._refusal = f"{self.name} ended {num_failed} times before it was open ({why}); its own words are above"
 
     async def _started(self) -> asyncio.subprocess.Process:
+        self.num_starts += 1
         for rest in self._folder.glob(f"{self.name}.*"):
             if not rest.name.endswith(OPENING):
                 rest.unlink()
@@ -281,6 +284,7 @@ class ProcessLearner:
 
     def __init__(self, process: RoleProcess) -> None:
         self.process = process
+        self._opened_start = 0
 
     async def ready(self) -> None:
         """See `LearnerRole.ready`."""
@@ -289,20 +293,27 @@ class ProcessLearner:
     async def open(self) -> int:
         """See `LearnerRole.open`."""
         await self.process.ready()
-        return await self.process.call("open")
+        self._opened_start = self.process.num_starts
+        return await self._call("open")
 
     async def step(self, update: Update) -> Record:
         """See `LearnerRole.step`."""
-        return await self.process.call("step", update, label=f"update {update.version}")
+        return await self._call("step", update)
 
     async def save(self) -> None:
         """See `LearnerRole.save`."""
-        await self.process.call("save")
+        await self._call("save")
 
     async def publish(self, path: Path) -> Publication:
         """See `LearnerRole.publish`."""
-        return await self.process.call("publish", path)
+        return await self._call("publish", path)
 
     async def write_model(self, out_dir: Path) -> None:
         """See `LearnerRole.write_model`."""
-        await self.process.call("write_model", out_dir)
+        await self._call("write_model", out_dir)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        if self.process.num_starts != self._opened_start:
+            # It died between two calls: the new process has nothing of what the old one had learnt.
+            raise RoleLost(self.process.name, "it was started again")
+        return await self.process.call(method, *arguments)
