@@ -253,7 +253,7 @@ class Orchestrator:
         record = await self.roles.learner.step(Update(version, tuple(samples)))
         self._learner_version = version + 1
         figures = rollout_figures([sample.rollout for sample in samples], version)
-        return {**figures, **consumed.event.facts["counts"], **record}
+        return {**record, **figures, **consumed.event.facts["counts"]}
 
     async def _publish(self) -> None:
         """Hand the learner's weights to the workers."""
@@ -318,9 +318,10 @@ class Orchestrator:
         self._logged = step
         timing: Record = {f"seconds/{phase}": value for phase, value in seconds.items()}
         timing |= {"seconds_per_step": seconds_per_step, "seconds_left": seconds_per_step * (self.config.num_steps - step)}
-        if "num_tokens" in record:
-            timing["tokens_per_second"] = float(record["num_tokens"]) / seconds_per_step
-        line: Record = {"step": step, "stage": STAGE, **record, **timing}
+        if "sampled_tokens" in record:
+            timing["tokens_per_second"] = float(record["sampled_tokens"]) / seconds_per_step
+        # (a learner may count optimizer steps of its own, under the same name)
+        line: Record = record | timing | {"step": step, "stage": STAGE}
         self._log.write(**line)
         self.reporter.step(line)
 

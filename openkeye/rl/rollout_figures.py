@@ -26,11 +26,11 @@ def rollout_figures(rollouts: Sequence[Rollout], version: int) -> Record:
     record: Record = {name: float(np.mean(values)) for name, values in sorted(rewards.items())}
     record |= {
         "num_rollouts": len(rollouts),
-        "num_tokens": sum(lengths),
+        "sampled_tokens": sum(lengths),
         "length": float(np.mean(lengths)),
         "length_max": max(lengths),
         "cut_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
-        "repetition": float(np.mean([repetition(rollout.output_ids[rollout.is_policy]) for rollout in rollouts])),
+        "repetition_share": float(np.mean([repetition_share(rollout.output_ids[rollout.is_policy]) for rollout in rollouts])),
         "age": float(version - versions.mean()) if len(versions) else 0.0,
         "age_max": max(rollout.age(version) for rollout in rollouts),
         "mixed_share": float(np.mean([_num_versions(rollout) > 1 for rollout in rollouts])),
@@ -38,7 +38,7 @@ def rollout_figures(rollouts: Sequence[Rollout], version: int) -> Record:
     return record
 
 
-def repetition(ids: np.ndarray, length: int = NGRAM) -> float:
+def repetition_share(ids: np.ndarray, length: int = NGRAM) -> float:
     """The share of a row's n-grams that have stood in it before; 0 where it is shorter than one."""
     if len(ids) < length:
         return 0.0

@@ -255,10 +255,11 @@ def test_a_learner_that_keeps_dying_ends_the_run(tmp_path):
 def test_log_records_tell_what_is_always_told(tmp_path):
     record = run_here(config_of(tmp_path, num_steps=1)).records[0]
     names = {
-        "reward/outcome", "reward/format", "length", "length_max", "cut_share", "repetition", "age", "age_max", "mixed_share",
+        "reward/outcome", "reward/format", "length", "length_max", "cut_share", "repetition_share", "age", "age_max",
+        "mixed_share",
         "groups/dropped_zero_variance", "groups/dropped_failed", "groups/stale", "groups/resumed", "groups/failed",
         "groups/open", "groups/lost", "seconds/rollout", "seconds/score", "seconds/update", "seconds_per_step",
-        "tokens_per_second", "num_rollouts", "num_tokens", "loss", "entropy",
+        "tokens_per_second", "num_rollouts", "sampled_tokens", "loss", "entropy",
     }  # fmt: skip
     assert names <= record.keys()
 
