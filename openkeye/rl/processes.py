@@ -43,7 +43,8 @@ START_SECONDS = 1800.0
 FIRST_WAIT_SECONDS = 0.1
 # before another start; doubles from one failed start to the next
 MAX_FAILED_STARTS = 4
-END_SECONDS = 5.0
+STANDARD_ERROR = 2
+# its file descriptor
 
 
 @asynccontextmanager
@@ -164,7 +165,12 @@ class RoleProcess:
             command = [sys.executable, *launch, *module]
         # A session of its own: a terminal's Ctrl-C is not for it, and whatever it starts can be ended with it.
         return await asyncio.create_subprocess_exec(
-            *command, env=self._environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            *command,
+            env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            # What it prints is no result of ours.
+            stdout=STANDARD_ERROR,
+            start_new_session=True,
         )
 
     def _places(self) -> list[str]:
@@ -253,6 +259,7 @@ class ProcessWorker:
 
     async def roll(self, order: RolloutOrder, on_partial: OnPartial) -> Rollout | PartialRollout:
         """See `RolloutWorker.roll`."""
+        await self.process.ready()
         return await self.process.call("roll", order, on_partial, label=order.label)
 
     async def interrupt(self) -> None:
@@ -276,6 +283,7 @@ class ProcessScorer:
 
     async def score(self, rollout: Rollout) -> ScoredRollout:
         """See `ScorerRole.score`."""
+        await self.process.ready()
         return await self.process.call("score", rollout, label=str(rollout.id))
 
 

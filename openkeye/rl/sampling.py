@@ -210,9 +210,12 @@ class Sampling:
             self._note_result(order, call.task.result())
 
     def _is_wanted(self, order: RolloutOrder) -> bool:
-        """Whether the rollout has not been begun anew, or its group dropped, in the meantime."""
+        """Whether the rollout has not been begun anew, nor given up, in the meantime."""
         group = self._book.groups.get(order.id.group)
-        return group is not None and group.members[order.id.member].attempt == order.attempt
+        if group is None:
+            return False
+        member = group.members[order.id.member]
+        return member.attempt == order.attempt and member.finished is None
 
     def _note_result(self, order: RolloutOrder, result: Rollout | PartialRollout) -> None:
         if isinstance(result, PartialRollout):
@@ -285,7 +288,7 @@ class Sampling:
             self._scoring.add(key)
             began = time.monotonic()
             try:
-                await self._score(scorer, group, number)
+                await self._score(scorer, key, group.members[number].attempt)
             finally:
                 self.score_seconds += time.monotonic() - began
                 self._scoring.discard(key)
@@ -299,23 +302,21 @@ class Sampling:
                     return group, number
         return None
 
-    async def _score(self, scorer: ScorerRole, group: Group, number: int) -> None:
-        finished = group.members[number].finished
-        rollout = self._book.rollout(group, number).rollout
+    async def _score(self, scorer: ScorerRole, key: Key, attempt: int) -> None:
+        rollout = self._book.rollout(self._book.groups[key[0]], key[1]).rollout
         task = asyncio.create_task(scorer.score(rollout))
         try:
             is_over = await _ends(task, self._config.rollout_seconds)
         finally:
             task.cancel()
         error = task.exception() if is_over else TimeoutError(f"no score after {self._config.rollout_seconds:g} s")
-        key = group.number, number
         if isinstance(error, RoleLost):
             await scorer.ready()
             self._losses[key] += 1
             if self._losses[key] < self._config.max_losses:
                 return
-        is_wanted = self._book.groups.get(group.number) is group and group.members[number].finished is finished
-        if not is_wanted:
+        if self._book.groups[key[0]].members[key[1]].attempt != attempt:
+            # Begun anew in the meantime.
             return
         if error is None:
             self._book.record_scored(*key, task.result())
