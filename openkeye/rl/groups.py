@@ -202,7 +202,8 @@ class GroupBook:
             self._compacted_bytes = self.journal.num_bytes
 
     def compact(self) -> None:
-        """Rewrite the journal with what is still needed alone."""
+        """Rewrite the journal with what is still needed alone; behind a checkpoint, when no update would be repeated."""
+        assert not self.updates, "updates behind the checkpoint would be lost"
         self._replay(self.journal.compact(list(self._needed())))
 
     def _needed(self) -> Iterable[Event]:
@@ -210,7 +211,7 @@ class GroupBook:
             "progress",
             {
                 "next_group": self.next_group,
-                "next_update": min([self.next_update, *self.updates]),
+                "next_update": self.next_update,
                 "checkpoint": self.checkpoint,
                 "published": self.published,
             },
@@ -218,10 +219,6 @@ class GroupBook:
         for version, scores in self.evaluated.items():
             if version >= self.checkpoint:
                 yield Event("evaluated", {"version": version, "scores": scores})
-        for consumed in self.updates.values():
-            for group in consumed.groups:
-                yield from group.events()
-            yield consumed.event
         for group in sorted(self.groups.values(), key=lambda group: (not group.completed_at, group.completed_at)):
             # In the order of their completion, which is counted anew.
             yield from group.events()

@@ -250,6 +250,7 @@ class Orchestrator:
                 LearnedRollout(scored.rollout, stream, attempt)
                 for (attempt, scored), stream in zip(usable, streams, strict=True)
             ]
+        assert all(sample.rollout.age(version) <= self.config.max_age for sample in samples), f"update {version}: too old"
         record = await self.roles.learner.step(Update(version, tuple(samples)))
         self._learner_version = version + 1
         figures = rollout_figures([sample.rollout for sample in samples], version)

@@ -259,7 +259,6 @@ class ProcessWorker:
 
     async def roll(self, order: RolloutOrder, on_partial: OnPartial) -> Rollout | PartialRollout:
         """See `RolloutWorker.roll`."""
-        await self.process.ready()
         return await self.process.call("roll", order, on_partial, label=order.label)
 
     async def interrupt(self) -> None:
@@ -283,7 +282,6 @@ class ProcessScorer:
 
     async def score(self, rollout: Rollout) -> ScoredRollout:
         """See `ScorerRole.score`."""
-        await self.process.ready()
         return await self.process.call("score", rollout, label=str(rollout.id))
 
 

@@ -146,6 +146,9 @@ class Sampling:
         """One slot of a worker."""
         while True:
             await self.changed.until(self._has_order)
+            await worker.ready()
+            if not self._has_order():
+                continue
             if self._questions:
                 await self._ask(worker, self._questions.popleft())
                 self.changed.tell()
@@ -203,7 +206,7 @@ class Sampling:
             return
         error = None if call.task.cancelled() else call.task.exception()
         if isinstance(error, RoleLost):
-            await self._note_loss(worker, order, error)
+            self._note_loss(order, error)
         elif error is not None:
             self._fail(order, f"{type(error).__name__}: {error}")
         elif not call.task.cancelled():
@@ -230,14 +233,13 @@ class Sampling:
         if self._config.keeps_partial and self._is_wanted(order):
             self._book.record_partial(order, partial)
 
-    async def _note_loss(self, worker: RolloutWorker, order: RolloutOrder, lost: RoleLost) -> None:
+    def _note_loss(self, order: RolloutOrder, lost: RoleLost) -> None:
         """Its process died: the rollout is given out again, unless it is the one that processes die of."""
         key = order.id.group, order.id.member
         self.num_lost += 1
         self._losses[key] += not lost.culprit
         if lost.culprit == order.label or self._losses[key] >= self._config.max_losses:
             self._fail(order, str(lost))
-        await worker.ready()
 
     def _fail(self, order: RolloutOrder, why: str) -> None:
         self._tell(f"rollout {order.id} failed: {why}")
@@ -268,7 +270,6 @@ class Sampling:
                 self._questions.append(question)
             else:
                 question.answer.set_result(failed_rollout(id, str(error)))
-            await worker.ready()
         elif error is not None:
             self._tell(f"evaluation {id} failed: {type(error).__name__}: {error}")
             question.answer.set_result(failed_rollout(id, str(error)))
@@ -281,8 +282,10 @@ class Sampling:
         """One of the calls that a scorer answers at once."""
         while True:
             await self.changed.until(lambda: self._unscored() is not None)
+            await scorer.ready()
             unscored = self._unscored()
-            assert unscored is not None
+            if unscored is None:
+                continue
             group, number = unscored
             key = group.number, number
             self._scoring.add(key)
@@ -311,7 +314,6 @@ class Sampling:
             task.cancel()
         error = task.exception() if is_over else TimeoutError(f"no score after {self._config.rollout_seconds:g} s")
         if isinstance(error, RoleLost):
-            await scorer.ready()
             self._losses[key] += 1
             if self._losses[key] < self._config.max_losses:
                 return

@@ -13,13 +13,22 @@ from typing import Any
 from openkeye.common.checks import InputError
 from openkeye.common.launch import num_ranks, rank
 from openkeye.rl.processes import ProcessLearner, ProcessWorker, RoleProcess, role_folder
-from openkeye.rl.roles import Roles, RolloutOrder
+from openkeye.rl.roles import OnPartial, PartialRollout, Roles, RolloutOrder
+from openkeye.rl.rollout import Rollout
 from openkeye.rl.run_config import PostTrainingConfig
 from tests.rl.stand_ins import SIZES, DigestLearner, DigestWorker, streams_of
 
 BLOCKED_SECONDS = 1.0
 started: list[RoleProcess] = []
 # by the last run of this process
+
+
+class InnerWorker(DigestWorker):
+    """Plays in tasks of its own making, as code of environments does."""
+
+    async def roll(self, order: RolloutOrder, on_partial: OnPartial) -> Rollout | PartialRollout:
+        """See `RolloutWorker.roll`."""
+        return await asyncio.create_task(super().roll(order, on_partial))
 
 
 async def open_worker(blocks: str = "", waits: str = "") -> DigestWorker:
@@ -31,7 +40,7 @@ async def open_worker(blocks: str = "", waits: str = "") -> DigestWorker:
             time.sleep(1e6)
         return place == waits
 
-    return DigestWorker(hangs=hangs, outcome_of=(lambda id, total: float(id.member == 0)) if blocks else None)
+    return InnerWorker(hangs=hangs, outcome_of=(lambda id, total: float(id.member == 0)) if blocks else None)
 
 
 async def open_learner(run_dir: str) -> DigestLearner:

@@ -45,9 +45,11 @@ def varied(id, total):
 
 
 def test_groups_are_learnt_in_the_exact_order_of_the_data(tmp_path):
-    config = config_of(tmp_path)
-    learner = KeepingLearner(config)
-    run_here(config, DigestWorker(), learner=learner)
+    # More slots and groups than an update needs, and updates that take their time: some rollouts are finished too early.
+    config = config_of(tmp_path, oversampling=2.5, num_slots=20)
+    learner = KeepingLearner(config, seconds=0.02)
+    reporter = run_here(config, DigestWorker(num_slots=20), learner=learner)
+    assert sum(record["groups/stale"] for record in reporter.records) > 20
     order = DataOrder({"sums": 2.0, "words": 1.0}, SIZES, config.seed)
     taken = [group for update in learner.updates for group in groups_of(update)]
     assert taken == sorted(taken) and len(taken) == 12
