@@ -50,6 +50,7 @@ def test_groups_are_learnt_in_the_exact_order_of_the_data(tmp_path):
     learner = KeepingLearner(config, seconds=0.02)
     reporter = run_here(config, DigestWorker(num_slots=20), learner=learner)
     assert sum(record["groups/stale"] for record in reporter.records) > 20
+    assert not any(record["groups/dropped_failed"] for record in reporter.records)
     order = DataOrder({"sums": 2.0, "words": 1.0}, SIZES, config.seed)
     taken = [group for update in learner.updates for group in groups_of(update)]
     assert taken == sorted(taken) and len(taken) == 12
