@@ -48,9 +48,12 @@ STANDARD_ERROR = 2
 
 
 @asynccontextmanager
-async def role_folder() -> AsyncIterator[Path]:
-    """Where roles and whoever starts them meet; roles end when this process does, however it ends."""
-    folder = Path(tempfile.mkdtemp(prefix="openkeye-"))
+async def role_folder(inside: Path | None = None) -> AsyncIterator[Path]:
+    """Where roles and whoever starts them meet; roles end when this process does, however it ends.
+
+    inside: another such folder, which takes this one along; None: the system's for temporary files.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="openkeye-", dir=inside))
     # (0700, and short: a socket's path may have 107 letters)
     with (folder / PARENT_LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
