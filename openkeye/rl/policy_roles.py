@@ -8,7 +8,8 @@ import asyncio
 import pickle
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.advantage import streams_of
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
+from openkeye.rl.environment_pool import EnvironmentPool, HostedEnvironment, environment_pool
 from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample, share_out
@@ -78,6 +80,7 @@ class EngineWorker:
         engine_config = settings_from(EngineConfig(records_routes=True, max_batch_requests=config.num_slots), config.engine)
         self._policy = PolicyEngine(Engine(config.model_dir, config=engine_config), PolicyConfig(config.seed))
         self._tasks = open_tasks(config)
+        self._opened = AsyncExitStack()
         self._config = config
         self._asked: dict[tuple[str, int], asyncio.Task[tuple[Example, Prompt | None]]] = {}
         # the last examples
@@ -89,6 +92,12 @@ class EngineWorker:
     def num_slots(self) -> int:
         """See `RolloutWorker.num_slots`."""
         return self._config.num_slots
+
+    async def open_environments(self, folder: Path | None = None) -> None:
+        """Start the processes that environments act in, where the run has some."""
+        if self._config.num_environments:
+            pool = environment_pool(self._config.num_environments, self._config.blocked_seconds, folder)
+            await self._opened.enter_async_context(pool)
 
     async def ready(self) -> None:
         """Always."""
@@ -103,6 +112,8 @@ class EngineWorker:
         id, config = order.id, self._config
         task = self._tasks[id.task]
         example, prompt = await self._asked_of(id)
+        if example.environment is not None and EnvironmentPool.current is not None:
+            example = replace(example, environment=HostedEnvironment(example.environment, order.label))
         sampling = SamplingParameters(temperature=config.temperature, top_p=config.top_p)
         if order.is_evaluation:
             sampling = SamplingParameters(temperature=0.0)
@@ -142,9 +153,10 @@ class EngineWorker:
             return example, None
         return example, await self._policy.lay_out(example.messages, example.tools)
 
-    def close(self) -> None:
-        """End the engine's thread."""
+    async def close(self) -> None:
+        """End the engine's thread, and what environments act in."""
         self._policy.close()
+        await self._opened.aclose()
 
     def _partial(self, state: EpisodeState) -> PartialRollout:
         turns = [state.versions[state.is_policy]] + ([] if state.partial is None else [state.partial.versions])
@@ -253,9 +265,11 @@ async def _opening(environment: Environment) -> Opening:
         await environment.close()
 
 
-async def open_worker(config: PostTrainingConfig) -> RolloutWorker:
-    """In the worker's process."""
-    return await asyncio.to_thread(EngineWorker, config)
+async def open_worker(config: PostTrainingConfig, folder: Path) -> RolloutWorker:
+    """In the worker's process. folder: of whoever started it."""
+    worker = await asyncio.to_thread(EngineWorker, config)
+    await worker.open_environments(folder)
+    return worker
 
 
 async def open_learner(config: PostTrainingConfig) -> LearnerRole:
@@ -280,9 +294,10 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     if not config.num_workers:
         worker, learner = await asyncio.to_thread(EngineWorker, config), await asyncio.to_thread(PolicyLearner, config)
         try:
+            await worker.open_environments()
             yield Roles(learner, [worker], (), streams, sizes)
         finally:
-            worker.close()
+            await worker.close()
             learner.close()
         return
     async with role_folder() as folder:
@@ -295,7 +310,7 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
                 RoleProcess(
                     folder,
                     f"worker{number}",
-                    partial(open_worker, config),
+                    partial(open_worker, config, folder),
                     blocked_seconds=config.blocked_seconds,
                     environment=gpus(config.num_ranks + number, 1),
                 )

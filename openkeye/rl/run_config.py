@@ -14,8 +14,8 @@ Option = str | int | float | bool
 TAKES = ("finished", "opened")
 SETTINGS_FILE = "settings.json"
 MAY_CHANGE = {
-    "run_dir", "out_dir", "num_workers", "num_slots", "num_scorers", "num_ranks", "has_tensorboard", "rollout_seconds",
-    "blocked_seconds", "max_losses", "save_every_steps",
+    "run_dir", "out_dir", "num_workers", "num_slots", "num_environments", "num_scorers", "num_ranks", "has_tensorboard",
+    "rollout_seconds", "blocked_seconds", "max_losses", "save_every_steps",
 }  # fmt: skip
 # between two starts of a run: where it lies, and how many share the work
 
@@ -91,6 +91,8 @@ class PostTrainingConfig:
     # processes that play rollouts; 0: this process plays them, and does everything else
     num_slots: int = 16
     # rollouts that a worker plays at once
+    num_environments: int = 0
+    # processes beside each worker that environments act in; 0: in the worker's own, which one that hangs takes along
     num_scorers: int = 0
     num_ranks: int = 1
     # processes that train, where num_workers is above 0
@@ -102,7 +104,7 @@ class PostTrainingConfig:
         least = {
             "num_steps": 1, "group_size": 1, "groups_per_step": 1, "max_age": 0, "max_dropped": 1, "max_tokens": 1,
             "max_losses": 1, "evaluate_every": 0, "num_evaluation_examples": 1, "num_workers": 0, "num_slots": 1,
-            "num_scorers": 0, "num_ranks": 1, "save_every_steps": 1,
+            "num_environments": 0, "num_scorers": 0, "num_ranks": 1, "save_every_steps": 1,
         }  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:

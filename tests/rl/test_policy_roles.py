@@ -12,12 +12,14 @@ import torch
 
 from openkeye.inputs.processor import resolve_model_dir
 from openkeye.model.weights import load_model
+from openkeye.rl import policy_roles
 from openkeye.rl.loop import Orchestrator
 from openkeye.rl.policy_roles import open_roles
 from openkeye.rl.roles import Roles, ScoredRollout
 from openkeye.rl.rollout import TokenStreams
 from openkeye.rl.run_config import PostTrainingConfig, TaskConfig
 from openkeye.train.reporter import SilentReporter
+from tests.rl.toy_world import ToyEnvironment, ToyTask
 
 
 def config_of(folder: Path, **changes: Any) -> PostTrainingConfig:
@@ -77,3 +79,12 @@ def test_the_engine_samples_with_what_the_learner_has_learnt(tmp_path: Path, num
         for old, new in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
     ]
     assert max(changes) > 1e-4
+
+
+def test_episodes_act_in_environments_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(policy_roles, "open_tasks", lambda config: {"toy": ToyTask(ToyEnvironment(2))})
+    reporter = SilentReporter()
+    changes = {"tasks": {"toy": TaskConfig("toy")}, "num_environments": 1, "num_steps": 1, "max_tokens": 64}
+    assert Orchestrator(config_of(tmp_path, **changes), open_taught, reporter).run()
+    record = reporter.records[0]
+    assert record["reward/outcome"] == 1.0 and record["groups/failed"] == 0 and record["mismatch/mean_abs"] < 1e-5
