@@ -5,9 +5,7 @@ A run is a list of stages (`config.py`); it can stop after any step and go on, o
 `Trainer.run` ──> `_run_stage` ──> `_step`: packs (`data/loader.py`) ──> `LossModel` ──> backward ──> `Optimizer` ──> `StepLog`
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from openkeye.common.checks import InputError
 from openkeye.common.launch import num_ranks
-from openkeye.common.log import JsonLines
+from openkeye.common.log import JsonLines, forget_after
 from openkeye.data.config import LoaderConfig
 from openkeye.data.loader import merge_states
 from openkeye.data.packed_batch import PackedBatch
@@ -311,17 +309,6 @@ class Trainer:
             top_k=self.model_config.indexer.top_k if stage.attention == "sparse" else None,
             stage=stage.name,
         )
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Leave out the records of later steps: a run that was killed goes on from its checkpoint, and comes to them again."""
-    if not path.is_file():
-        return
-    # The last line of a process that was killed may be cut short.
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    os.replace(unfinished, path)
 
 
 def loader_record(figures: list[Any]) -> Record:
