@@ -48,7 +48,7 @@ class Limits:
 
     wall_seconds: float = 10.0
     cpu_seconds: float = 10.0
-    # of all its processes together, in whole seconds for each of them
+    # of all its processes together
     memory_bytes: int = 512 << 20
     # resident in all its processes together; one process gets no more address space than this and a little
     output_bytes: int = 1 << 20
@@ -265,7 +265,6 @@ def _order(program: Program, limits: Limits, abilities: SandboxAbilities, sandbo
         "outputs": list(program.outputs),
         "address_bytes": limits.memory_bytes + SPARE_ADDRESS_BYTES,
         **vars(limits),
-        "cpu_seconds": max(1, round(limits.cpu_seconds)),
     }
 
 

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import select
@@ -143,7 +144,8 @@ def become_program(order: dict[str, Any], folder: str, stdin: int, stdout: int, 
         if os.path.exists("/proc/self/oom_score_adj"):
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write("1000")
-        cpu = order["cpu_seconds"]
+        cpu = math.ceil(order["cpu_seconds"])
+        # the kernel counts whole seconds, of each process
         for name, low, high in (
             ("CPU", cpu, cpu + 1),
             ("AS", order["address_bytes"], order["address_bytes"]),
