@@ -67,7 +67,7 @@ def _order_input(rng: random.Random, size: int, values: Values) -> str:
 
 def _grid_input(rng: random.Random, size: int, values: Values) -> str:
     height, width = rng.randint(2, size + 3), rng.randint(2, size + 3)
-    rows = [[rng.choice("...#") for _ in range(width)] for _ in range(height)]
+    rows = [[rng.choice("..#") for _ in range(width)] for _ in range(height)]
     rows[0][0] = rows[-1][-1] = "."
     return _lines([height, width], *("".join(row) for row in rows))
 
@@ -79,7 +79,7 @@ def _knapsack_input(rng: random.Random, size: int, values: Values) -> str:
 
 def _interval_input(rng: random.Random, size: int, values: Values) -> str:
     starts = [rng.randint(0, 10 * size) for _ in range(size + 2)]
-    return _lines([len(starts)], *((start, start + rng.randint(1, 12)) for start in starts))
+    return _lines([len(starts)], *((start, start + rng.choice([2, 5, 9 * size])) for start in starts))
 
 
 def _brackets_input(rng: random.Random, size: int, values: Values) -> str:
@@ -101,8 +101,8 @@ def _brackets_input(rng: random.Random, size: int, values: Values) -> str:
 
 FAMILIES = {
     "sort_by_remainder": Family(
-        "Given n and n integers, print them sorted by their remainder modulo $m (from 0 to $m - 1); numbers of equal remainders in "
-        "ascending order. One line, separated by spaces.",
+        "Given n and n integers, print them sorted by their remainder modulo $m (from 0 to $m - 1); numbers of equal "
+        "remainders in ascending order. One line, separated by spaces.",
         """
 def solve(text):
     numbers = [int(word) for word in text.split()[1:]]
@@ -139,12 +139,12 @@ def solve(text):
     return str(best)
 """,
         lambda rng, size, values: _list_input(rng, size + 3, values),
-        (("min(lowest, sums[end - $k])", "sums[end - $k]"), ("lowest, best = sums[0], None", "lowest, best = sums[0], 0")),
+        (("min(lowest, sums[end - $k])", "sums[end - $k]"), ("range($k, len(sums))", "range($k, len(sums) - 1)")),
         lambda rng: {"k": rng.randint(1, 3)},
     ),
     "digit_sum": Family(
-        "Given integers a and b, print how many numbers from a to b inclusive have a sum of digits in base $base that is divisible "
-        "by $m.",
+        "Given integers a and b, print how many numbers from a to b inclusive have a sum of digits in base $base that is "
+        "divisible by $m.",
         """
 def solve(text):
     low, high = map(int, text.split())
@@ -162,8 +162,8 @@ def solve(text):
         lambda rng: {"base": rng.choice([2, 3, 5, 7, 8, 9]), "m": rng.randint(2, 4)},
     ),
     "power": Family(
-        "Given q and then q pairs a b, print a to the power of b modulo $m for each pair, one a line. a is below 10^9 and b below "
-        "10^18.",
+        "Given q and then q pairs a b, print a to the power of b modulo $m for each pair, one a line. a is below 10^9 and b "
+        "below 10^18.",
         """
 def solve(text):
     words = list(map(int, text.split()[1:]))
@@ -173,11 +173,11 @@ def solve(text):
             [size], *((rng.randrange(10**9), rng.choice([0, rng.randrange(100), rng.randrange(10**18)])) for _ in range(size))
         ),
         (("pow(a, b, $m)", "pow(a, b % $m, $m)"), ("pow(a, b, $m)", "pow(a, b % 1000, $m)")),
-        lambda rng: {"m": rng.choice([1_000_003, 998_244_353, 10**6, 12345])},
+        lambda rng: {"m": rng.choice([1_000_003, 998_244_353, 1_000_007, 12_347])},
     ),
     "runs": Family(
-        "Given one word a line, compress each: every run of at least $k equal letters becomes the letter and its length, shorter "
-        "runs stay as they are. Print one word a line.",
+        "Given one word a line, compress each: every run of at least $k equal letters becomes the letter and its length, "
+        "shorter runs stay as they are. Print one word a line.",
         """
 import itertools
 
@@ -195,8 +195,8 @@ def solve(text):
         lambda rng: {"k": rng.randint(2, 3)},
     ),
     "shift": Family(
-        "Given one word of small letters a line, shift the letter at place i (from 0) forward by $step * i places of the alphabet, "
-        "round from z to a. Print one word a line.",
+        "Given one word of small letters a line, shift the letter at place i (from 0) forward by $step * i places of the "
+        "alphabet, round from z to a. Print one word a line.",
         """
 def solve(text):
     lines = []
@@ -223,8 +223,8 @@ def solve(text):
         lambda rng: {"k": rng.randint(2, 4)},
     ),
     "brackets": Family(
-        "Given n and n lines of brackets ()[]{}, print for each line `yes` if they are balanced and nested at most $depth deep, "
-        "else `no`.",
+        "Given n and n lines of brackets ()[]{}, print for each line `yes` if they are balanced and nested at most $depth "
+        "deep, else `no`.",
         """
 def solve(text):
     lines = []
@@ -245,8 +245,8 @@ def solve(text):
         lambda rng: {"depth": rng.randint(2, 3)},
     ),
     "shortest_path": Family(
-        "A graph has n nodes and m undirected edges. Given n and m, and m lines `a b length`, print the length of the shortest path "
-        "from node 1 to node n, where every node entered costs $toll more. Print -1 if there is none.",
+        "A graph has n nodes and m undirected edges. Given n and m, and m lines `a b length`, print the length of the "
+        "shortest path from node 1 to node n, where every node entered costs $toll more. Print -1 if there is none.",
         """
 import heapq
 
@@ -272,8 +272,8 @@ def solve(text):
         lambda rng: {"toll": rng.randint(1, 5)},
     ),
     "components": Family(
-        "A graph has n nodes and m undirected edges. Given n and m, and m lines `a b weight`, print the number of connected parts "
-        "when only edges of a weight of at least $least are kept, and the size of the largest part.",
+        "A graph has n nodes and m undirected edges. Given n and m, and m lines `a b weight`, print the number of "
+        "connected parts when only edges of a weight of at least $least are kept, and the size of the largest part.",
         """
 def solve(text):
     words = list(map(int, text.split()))
@@ -291,12 +291,15 @@ def solve(text):
     return f"{len(set(roots))} {max(map(roots.count, roots))}"
 """,
         _graph_input,
-        (("root[find(a)] = find(b)", "root[a] = b"), ("weight >= $least", "weight < $least")),
+        (
+            ("            root[find(a)] = find(b)", "            root[max(a, b)] = min(a, b)"),
+            ("weight >= $least", "weight < $least"),
+        ),
         lambda rng: {"least": rng.randint(4, 12)},
     ),
     "order": Family(
-        "Given n and m, and m lines `a b` that say that job a comes before job b, print an order of the jobs 1 to n: of the jobs "
-        "that may come next always the one with the $which number. Print `circle` if there is no order.",
+        "Given n and m, and m lines `a b` that say that job a comes before job b, print an order of the jobs 1 to n: of "
+        "the jobs that may come next always the one with the $which number. Print `circle` if there is no order.",
         """
 def solve(text):
     words = list(map(int, text.split()))
@@ -317,8 +320,8 @@ def solve(text):
         lambda rng: rng.choice([{"which": "smallest", "pick": "min"}, {"which": "largest", "pick": "max"}]),
     ),
     "maze": Family(
-        "Given the height and width of a grid and its rows of `.` (free) and `#` (wall), print the least number of steps from the "
-        "upper left to the lower right corner, moving $moves. Print -1 if there is no way.",
+        "Given the height and width of a grid and its rows of `.` (free) and `#` (wall), print the least number of steps "
+        "from the upper left to the lower right corner, moving $moves. Print -1 if there is no way.",
         """
 from collections import deque
 
@@ -336,7 +339,7 @@ def solve(text):
     return str(seen.get((height - 1, width - 1), -1))
 """,
         _grid_input,
-        (("seen.get((height - 1, width - 1), -1)", "(height + width - 2)"), ("$steps", "((0, 1), (1, 0))")),
+        (("seen.get((height - 1, width - 1), -1)", "(height + width - 2)"), ("queue.popleft()", "queue.pop()")),
         lambda rng: rng.choice(
             [
                 {"moves": "sideways, up and down", "steps": FOUR_STEPS},
@@ -345,8 +348,8 @@ def solve(text):
         ),
     ),
     "knapsack": Family(
-        "Given n and a capacity, and n lines `weight value`, print the largest total value of items of which each may be taken up "
-        "to $times times, and whose weights add up to at most the capacity.",
+        "Given n and a capacity, and n lines `weight value`, print the largest total value of items of which each may be "
+        "taken up to $times times, and whose weights add up to at most the capacity.",
         """
 def solve(text):
     words = list(map(int, text.split()))
@@ -385,8 +388,8 @@ def solve(text):
         lambda rng: {"rest": rng.randint(1, 4)},
     ),
     "distance": Family(
-        "Given two words a line, print for each line the least cost to turn the first into the second, where putting in or leaving "
-        "out a letter costs 1 and changing a letter costs $change.",
+        "Given two words a line, print for each line the least cost to turn the first into the second, where putting in "
+        "or leaving out a letter costs 1 and changing a letter costs $change.",
         """
 def solve(text):
     words, lines = text.split(), []

@@ -1,4 +1,4 @@
-"""Problems for the judge, made up by number: families of small programs with a reference that passes and wrong ones that fail."""
+"""Problems for the judge, made up by number: families of small programs, a reference that passes, wrong ones that fail."""
 
 import functools
 import random
