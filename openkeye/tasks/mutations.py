@@ -37,7 +37,7 @@ def mutations(source: str) -> list[str]:
     for line in lines:
         starts.append(starts[-1] + len(line.encode()))
     content = source.encode()
-    found = []
+    found: list[tuple[int, int, str]] = []
     for node in ast.walk(ast.parse(source)):
         for changed in _changes(node):
             assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None and node.end_col_offset is not None
@@ -57,9 +57,7 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
     """Other nodes that may stand in the place of one."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         yield _with(node, ops=[COMPARISONS[type(node.ops[0])]()])
-    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        yield _with(node, op=OPERATORS[type(node.op)]())
-    elif isinstance(node, ast.AugAssign) and type(node.op) in OPERATORS:
+    elif isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in OPERATORS:
         yield _with(node, op=OPERATORS[type(node.op)]())
     elif isinstance(node, ast.BoolOp):
         yield _with(node, op=ast.Or() if isinstance(node.op, ast.And) else ast.And())

@@ -16,9 +16,9 @@ from openkeye.tasks.task import Example, Response
 MAX_TRIES = 16
 # bugs that are tried before one makes a test fail; most do at once
 PACKAGES = ("core", "kernel", "engine", "tools", "basis", "frame", "atlas", "lattice", "beacon", "harbour", "cobalt", "willow")
-INSTRUCTIONS = """The Python package `{package}` in this repository has a bug, and some of its tests fail. Find the bug with the \
-tools and mend it in the package. Tests may not be changed: the original ones will judge. When you are done, say so without \
-calling a tool."""
+INSTRUCTIONS = """The Python package `{package}` in this repository has a bug, and some of its tests fail. Find the bug with \
+the tools and mend it in the package. Tests may not be changed: the original ones will judge. When you are done, say so \
+without calling a tool."""
 
 
 @dataclass(frozen=True)
