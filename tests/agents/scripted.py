@@ -9,9 +9,8 @@ from openkeye.agents.model_client import Message, ModelReply
 
 def call(name: str, **arguments: Any) -> ModelReply:
     """A reply that calls one tool."""
-    return ModelReply(
-        "", tool_calls=({"id": f"call-{name}", "name": name, "arguments": arguments},), finish_reason="tool_calls"
-    )
+    made = {"id": f"call-{name}", "name": name, "arguments": arguments}
+    return ModelReply("", tool_calls=(made,), finish_reason="tool_calls")
 
 
 def say(text: str) -> ModelReply:

@@ -19,9 +19,8 @@ async def _repeat(text: str, times: int = 1) -> str:
     return text * times
 
 
-REPEAT = Tool(
-    "repeat", "Say it again.", parameters({"text": {"type": "string"}}, times={"type": "integer", "minimum": 1}), _repeat
-)
+TIMES = {"type": "integer", "minimum": 1}
+REPEAT = Tool("repeat", "Say it again.", parameters({"text": {"type": "string"}}, times=TIMES), _repeat)
 QUESTION = {"role": "user", "content": "Repeat."}
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from openkeye.agents.search import Corpus, Page, final_answer, is_same_answer, normalised, read_pages, write_index
+from openkeye.agents.search import Corpus, Page, final_answer, is_same_answer, read_pages, write_index
 from openkeye.common.checks import InputError
 
 PAGES = [
@@ -18,7 +18,7 @@ PAGES = [
 
 def test_search_ranks_and_stems():
     corpus = Corpus(PAGES)
-    assert [hit.id for hit in corpus.search("lanterns")] == ["b", "a", "c"] or corpus.search("lanterns")[0].id == "b"
+    assert corpus.search("lanterns")[0].id == "b", "a word counts more in a title"
     assert {hit.id for hit in corpus.search("lanterns")} == {"a", "b", "c"}
     assert [hit.id for hit in corpus.search("cafe")] == ["c"] and "lantern" in corpus.search("harbour", 1)[0].snippet
     assert len(corpus.search("lantern", 2)) == 2
@@ -28,7 +28,7 @@ def test_queries_are_words_whatever_stands_in_them():
     corpus = Corpus(PAGES)
     for query in ('"', "AND OR NOT", "NEAR(", "title:x", "* - ^", "storms' --", "\ud800", ""):
         assert {hit.id for hit in corpus.search(query)} <= {"a", "b", "c", "d"}
-    assert [hit.id for hit in corpus.search('"storms" AND (')][0] == "d"
+    assert corpus.search('"storms" AND (')[0].id == "d"
     assert corpus.open("a' OR 1=1") is None and corpus.open("d") == PAGES[3]
 
 
@@ -67,9 +67,7 @@ def test_pages_are_read_from_lines(tmp_path):
         ("the Golden  lantern.", "Golden Lantern"),
         ("12,345", "12345"),
         ("March 4th, 1871", "4 March 1871"),
-        ("1871-03-04", "4 March 1871")
-        if normalised("1871-03-04") == normalised("4 March 1871")
-        else ("4. march 1871", "4 March 1871"),
+        ("1871-03-04", "4 March 1871"),
         ("Müller", "muller"),
     ],
 )

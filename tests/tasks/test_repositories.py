@@ -70,7 +70,7 @@ def test_the_right_change_earns_the_outcome():
         ([call("write_file", path="sums/add.py", text="def add(a, b):\n    return 5")], 1, 0),
         ([call("write_file", path="sums/add.py", text="import os\nos._exit(0)")], 0, 0),
         (
-            [call("write_file", path="sums/add.py", text="print({'tests.test_add.AddTest.test_right': ''})\nraise SystemExit")],
+            [call("write_file", path="sums/add.py", text="print({'test_right': ''})\nraise SystemExit")],
             0,
             0,
         ),
@@ -113,7 +113,7 @@ def test_tools_say_what_is_there_and_what_is_wrong():
     assert "sums/add.py (2 lines)" in files and line == "   2     return a - b"
     assert "tests/test_add.py:6: self.assertEqual(add(2, 3), 5)" in found
     assert run.startswith("1 passed, 1 failed") and "-1 != 5" in run
-    assert "there is no file" in missing and "stands 5 times" in twice
+    assert "there is no file" in missing and "stands 3 times" in twice
     assert "no path" in outside and "no path" in below
 
 
@@ -161,17 +161,10 @@ def test_mutations_change_one_place_each():
 
 
 def test_shares_have_no_bug_in_common():
-    seen = [{bug for bug in bugs_of("cache")[share::2]} for share in range(2)]
+    seen = [set(bugs_of("cache")[share::2]) for share in range(2)]
     assert not seen[0] & seen[1]
-    candidates = [
-        {
-            text
-            for _, text in RepositoryTask(share=share, num_shares=2, templates=("cache",))
-            .read(0)
-            .environment.repository.candidates
-        }
-        for share in range(2)
-    ]
+    tasks = [RepositoryTask(share=share, num_shares=2, templates=("cache",)) for share in range(2)]
+    candidates = [{text for _, text in task.read(0).environment.repository.candidates} for task in tasks]
     assert candidates[0] and not candidates[0] & candidates[1]
     assert RepositoryTask().read(3).environment.repository == RepositoryTask().read(3).environment.repository
     with pytest.raises(InputError, match="chess"):

@@ -1,6 +1,7 @@
 """Multi-hop questions: the evidence proves the answer, and a searcher that walks it is told from one that guesses."""
 
 import asyncio
+import itertools
 import json
 import pickle
 import re
@@ -64,7 +65,7 @@ def test_each_page_of_the_evidence_names_the_next_one():
             chain = [world.things[id] for id in question.evidence]
             assert len(chain) == question.num_hops and chain[0].name in question.text
             pages = {page.id: page for page in world.pages()}
-            for first, second in zip(chain, chain[1:], strict=False):
+            for first, second in itertools.pairwise(chain):
                 assert second.name.casefold() in pages[first.id].text.casefold()
                 assert second.name not in question.text
             assert question.answers[0].casefold() in pages[chain[-1].id].text.casefold()
@@ -74,11 +75,12 @@ def test_comparisons_are_right():
     world = World("c")
     for number in range(2, 40, 3):
         question = world.question(number, 4)
+        if len(question.evidence) < 4:
+            continue
         texts = {page.id: page.text for page in world.pages()}
-        towns = {id: re.search(r"founded in (\d+)", texts[id]) for id in question.evidence}
-        years = {id: int(found[1]) for id, found in towns.items() if found}
-        winners = [world.things[id].name for id in years]
-        assert question.answers[0] in winners
+        ends = [question.evidence[1], question.evidence[3]]
+        years = {int(re.search(r"founded in (\d+)", texts[id])[1]): world.things[id].name for id in ends}
+        assert question.answers == (years[min(years)],)
 
 
 def test_a_searcher_finds_its_way_by_searching():
