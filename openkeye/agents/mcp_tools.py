@@ -6,6 +6,7 @@ then forgotten its state, so the calls are made once more, in their order.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,8 @@ class Connection:
         return self.server.url or " ".join(self.server.command)
 
     async def _serve(self) -> None:
-        from mcp import Client, StdioServerParameters
+        from mcp import Client, MCPError, StdioServerParameters
+        from mcp.types import CONNECTION_CLOSED
 
         where: Any = self.server.url
         if self.server.command:
@@ -84,8 +86,10 @@ class Connection:
                 question, answer = await self._wanted.get()
                 try:
                     result = await question(client)
-                except _mcp_error() as error:
-                    answer.set_exception(ToolError(str(error)))
+                except MCPError as error:
+                    if error.code == CONNECTION_CLOSED:
+                        raise
+                    answer.set_exception(ToolError(error.message))
                 else:
                     answer.set_result(result)
 
@@ -93,12 +97,6 @@ class Connection:
         """End the connection, and with it the server's process."""
         self._task.cancel()
         await asyncio.wait({self._task})
-
-
-def _mcp_error() -> type[Exception]:
-    from mcp import MCPError
-
-    return MCPError
 
 
 def _reason(error: BaseException) -> str:
@@ -123,13 +121,17 @@ async def list_tools(connection: Connection) -> list[Tool]:
     tools: list[Tool] = []
     cursor = None
     while True:
-        page = await connection.ask(lambda client, cursor=cursor: client.list_tools(cursor=cursor))
+        page = await connection.ask(functools.partial(_page, cursor=cursor))
         tools += [
             Tool(tool.name, tool.description or "", tool.input_schema, _caller(connection, tool.name)) for tool in page.tools
         ]
         cursor = page.next_cursor
         if not cursor:
             return tools
+
+
+async def _page(client: "Client", cursor: str | None) -> Any:
+    return await client.list_tools(cursor=cursor)
 
 
 def _caller(connection: Connection, name: str) -> Callable[..., Awaitable[str]]:

@@ -3,6 +3,7 @@
 import sys
 
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("counter")
 counts: dict[str, int] = {}
@@ -12,7 +13,7 @@ counts: dict[str, int] = {}
 def add(name: str, amount: int = 1) -> str:
     """Add to a counter."""
     if amount < 0:
-        raise ValueError("only upwards")
+        raise ToolError("only upwards")
     counts[name] = counts.get(name, 0) + amount
     return f"{name} is {counts[name]}"
 

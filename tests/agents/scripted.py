@@ -7,9 +7,9 @@ from typing import Any
 from openkeye.agents.model_client import Message, ModelReply
 
 
-def call(name: str, **arguments: Any) -> ModelReply:
+def call(tool: str, /, **arguments: Any) -> ModelReply:
     """A reply that calls one tool."""
-    made = {"id": f"call-{name}", "name": name, "arguments": arguments}
+    made = {"id": f"call-{tool}", "name": tool, "arguments": arguments}
     return ModelReply("", tool_calls=(made,), finish_reason="tool_calls")
 
 
