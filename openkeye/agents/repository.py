@@ -103,8 +103,16 @@ class RepositoryEnvironment(ToolEnvironment):
     tests are the original ones, whatever became of them, and files outside the package do not count.
     """
 
-    def __init__(self, messages: Sequence[Message], repository: Repository, sandbox: Sandbox, **options: Any) -> None:
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        repository: Repository,
+        sandbox: Sandbox,
+        limits: Limits = TEST_LIMITS,
+        **options: Any,
+    ) -> None:
         super().__init__(messages, **options)
+        self.limits = limits
         self.instructions = self.messages
         self.repository = repository
         self.sandbox = sandbox
@@ -131,7 +139,7 @@ class RepositoryEnvironment(ToolEnvironment):
         """
         for changes in [{path: text} for path, text in self.repository.candidates] or [{}]:
             broken = {**self.repository.files, **changes}
-            run = await run_tests(broken, self.sandbox)
+            run = await run_tests(broken, self.sandbox, self.limits)
             failing = frozenset(run.complaints) - run.passed
             if failing and run.passed and not any("_FailedTest" in name for name in failing):
                 self.broken, self.failing, self.passing = broken, failing, run.passed
@@ -202,7 +210,7 @@ class RepositoryEnvironment(ToolEnvironment):
         return f"{path} {'made' if is_new else 'changed'}"
 
     async def _run_tests(self) -> str:
-        run = await run_tests(self.files, self.sandbox)
+        run = await run_tests(self.files, self.sandbox, self.limits)
         if run.end:
             return run.end
         failed = {name: complaint for name, complaint in run.complaints.items() if complaint}
@@ -218,7 +226,7 @@ class RepositoryEnvironment(ToolEnvironment):
 
     async def score(self) -> Mapping[str, float]:
         if self.judged is None or self.judged[0] != self.files:
-            run = await run_tests(self.patched(), self.sandbox)
+            run = await run_tests(self.patched(), self.sandbox, self.limits)
             fixed = len(self.failing & run.passed) / max(1, len(self.failing))
             kept = len(self.passing & run.passed) / max(1, len(self.passing))
             rewards = {"outcome": float(bool(self.failing) and fixed == kept == 1.0), "fixed": fixed, "kept": kept}

@@ -1,7 +1,7 @@
 """Environments of the `verifiers` package (0.4) as ours.
 
-There an environment runs a whole episode and asks a model over HTTP, as OpenAI's chat API has it. Here it runs beside us, and the
-model that it asks is a small server of this process: each question waits there until `step` brings the answer.
+There an environment runs a whole episode and asks a model over HTTP, as OpenAI's chat API has it. Here it runs beside us, and
+the model that it asks is a small server of this process: each question waits there until `step` brings the answer.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class _Endpoint:
                 yield
 
         app = Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
-        await Quiet(uvicorn.Config(app, log_config=None, lifespan="off")).serve([self.socket])
+        await Quiet(uvicorn.Config(app, log_config=None, log_level="critical", lifespan="off")).serve([self.socket])
 
 
 class VerifiersEnvironment:
@@ -91,11 +91,12 @@ class VerifiersEnvironment:
 
     def _forget(self) -> None:
         self._messages: list[Message] = []
+        self._endpoint: _Endpoint | None = None
         self._waiting: asyncio.Future[dict[str, Any]] | None = None
         self._tasks: list[asyncio.Task[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_messages": [], "_waiting": None, "_tasks": []}
+        return {**self.__dict__, "_messages": [], "_endpoint": None, "_waiting": None, "_tasks": []}
 
     async def reset(self) -> Opening:
         await self.close()
@@ -131,8 +132,8 @@ class VerifiersEnvironment:
             await asyncio.wait(tasks)
 
     async def _begin(self) -> dict[str, Any] | None:
-        self._endpoint = _Endpoint()
-        self._tasks = [asyncio.create_task(self._endpoint.serve()), asyncio.create_task(self._play(self._endpoint.url))]
+        endpoint = self._endpoint = _Endpoint()
+        self._tasks = [asyncio.create_task(endpoint.serve()), asyncio.create_task(self._play(endpoint.url))]
         return await self._next()
 
     async def _play(self, url: str) -> Any:
@@ -147,8 +148,12 @@ class VerifiersEnvironment:
             raise InputError(f"verifiers: there is no task {self.number} in this taskset")
         # A variable that nobody has: the key is for this process's own server.
         client = EvalClientConfig(base_url=url, api_key_var="OPENKEYE_NO_KEY")
-        async with env.serving():
-            return await env.run_episode(task, ModelContext(model=MODEL, client=client))
+        try:
+            async with env.serving():
+                return await env.run_episode(task, ModelContext(model=MODEL, client=client))
+        except SystemExit as error:
+            # So it ends where a service of its makers is asked for without an account.
+            raise VerifiersError(f"verifiers: {error}") from error
 
     async def _answer(self, reply: ModelReply) -> dict[str, Any] | None:
         assert self._waiting is not None
@@ -175,6 +180,7 @@ class VerifiersEnvironment:
         Raises:
             VerifiersError: the episode broke, took too long, or rewrote what was said.
         """
+        assert self._endpoint is not None
         episode = self._tasks[1]
         question = asyncio.create_task(self._endpoint.questions.get())
         self._tasks.append(question)
@@ -185,9 +191,7 @@ class VerifiersEnvironment:
             messages = body["messages"]
             known = len(self._messages)
             if [message["role"] for message in messages[:known]] != [message["role"] for message in self._messages]:
-                raise VerifiersError(
-                    "verifiers: the environment rewrites the conversation, which cannot be learnt token by token"
-                )
+                raise VerifiersError("verifiers: the environment rewrites what was said, which cannot be learnt by token")
             self._messages = messages
             return dict(body)
         question.cancel()

@@ -22,7 +22,7 @@ def make():
         sys.path.append(folder)
     import verifiers_taskset
 
-    agent = vf.AgentConfig(harness=vf.HarnessConfig(id="verifiers_taskset"))
+    agent = vf.AgentConfig(harness=vf.HarnessConfig(id="verifiers_taskset"), runtime=vf.SubprocessConfig())
     taskset = vf.TasksetConfig(id=verifiers_taskset.__name__)
     return vf.SingleAgentEnv(vf.SingleAgentEnvConfig(taskset=taskset, agent=agent))
 

@@ -24,6 +24,7 @@ class SumTaskset(vf.Taskset[SumTask, vf.TasksetConfig]):
 
 class SumHarness(vf.Harness[vf.HarnessConfig]):
     EXECUTES_CODE = False
+    NEEDS_CONTAINER = False
 
     async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data) -> vf.ProgramResult:
         from openai import AsyncOpenAI

@@ -7,7 +7,7 @@ import pytest
 
 from openkeye.agents.loop import run_agent
 from openkeye.agents.repository import Repository, RepositoryEnvironment, run_tests
-from openkeye.agents.sandbox import Sandbox
+from openkeye.agents.sandbox import Limits, Sandbox
 from openkeye.common.checks import InputError
 from openkeye.tasks.mutations import mutations
 from openkeye.tasks.repositories import RepositoryTask, bugs_of
@@ -36,7 +36,7 @@ class AddTest(unittest.TestCase):
 
 
 def rewards_of(*replies) -> dict:
-    environment = RepositoryEnvironment(USER, small(), SANDBOX)
+    environment = RepositoryEnvironment(USER, small(), SANDBOX, Limits(wall_seconds=10, cpu_seconds=1))
     return dict(asyncio.run(run_agent(Scripted([*replies, say("done")]), environment)).rewards)
 
 
