@@ -29,6 +29,8 @@ FOLDER = "/box"
 # where a program starts and finds its files
 SPARE_SECONDS = 20.0
 # what the process beside a program may take for itself, on a machine that is busy
+END_SECONDS = 2.0
+# for killing a program when its run is given up; then the process beside it is killed, and namespaces end with it
 SPARE_ADDRESS_BYTES = 128 << 20
 # address space of libraries and interpreters, that no memory stands behind
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
@@ -348,7 +350,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is not None:
         return
     try:
-        await asyncio.wait_for(process.wait(), SPARE_SECONDS)
+        await asyncio.wait_for(process.wait(), END_SECONDS)
     except TimeoutError:
         process.kill()
         await process.wait()
