@@ -28,7 +28,7 @@ SLAB_ROWS = 256
 
 
 def choose_support(kind: str, student_ids_nK: Tensor, teacher_ids_nK: Tensor) -> Tensor:
-    """[n, K] int64: the tokens of `estimator_config.SUPPORTS`, in the order of whose they are; NO_TOKEN for what is left out."""
+    """[n, K] int64: the tokens of a support of `estimator_config.SUPPORTS`, in the order of whose they are, or NO_TOKEN."""
     if kind == "teacher":
         return teacher_ids_nK
     if kind == "student":
