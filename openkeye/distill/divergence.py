@@ -73,13 +73,13 @@ def support_terms(student_nK: Tensor, teacher_nK: Tensor, is_used_nK: Tensor) ->
     share_nK = own.softmax(dim=-1)
     with torch.no_grad():
         given = teacher_nK.masked_fill(~is_used_nK, -torch.inf).masked_fill(is_empty_n1, 0.0)
-        masses = [torch.where(is_used_nK, part.exp(), 0.0).sum(dim=-1) for part in (own, given)]
+        student_mass, teacher_mass = (torch.where(is_used_nK, part.exp(), 0.0).sum(dim=-1) for part in (own, given))
         renormalised = own.log_softmax(dim=-1) - given.log_softmax(dim=-1)
         difference_nK = renormalised.masked_fill(~is_used_nK, 0.0)
         advantage_n = (share_nK * (given - own).masked_fill(~is_used_nK, 0.0)).sum(dim=-1)
     # Through the share alone: sum of q * grad log q is zero, and here it is exactly so.
     kl_n = (share_nK * difference_nK).sum(dim=-1)
-    return SupportTerms(kl_n, advantage_n, *masses, num_shared)
+    return SupportTerms(kl_n, advantage_n, student_mass, teacher_mass, num_shared)
 
 
 def sampled_losses(
