@@ -53,6 +53,11 @@ def weights_hash(model_dir: str | Path) -> str:
     return whole.hexdigest()
 
 
+def is_delta(model_dir: str | Path) -> bool:
+    """Whether a folder holds a delta in place of weights."""
+    return (resolve_model_dir(model_dir) / DELTA_SETTINGS).is_file()
+
+
 def _digest(tensor: Tensor) -> bytes:
     content = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
     content.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -174,9 +179,9 @@ class ResidentWeights:
             InputError: a delta of another base, or files that do not fit.
         """
         folder = resolve_model_dir(model_dir)
-        is_delta = (folder / DELTA_SETTINGS).is_file()
-        model = self._whole(self._base_of(folder) if is_delta else folder)
-        if is_delta:
+        has_base = is_delta(folder)
+        model = self._whole(self._base_of(folder) if has_base else folder)
+        if has_base:
             began = time.monotonic()
             delta, loaded = read_delta(folder), self._loaded
             # Until it is whole, the network is nobody's, and would be read anew.

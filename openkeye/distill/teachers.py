@@ -17,7 +17,7 @@ import torch
 
 from openkeye.common.fields import unknown
 from openkeye.distill.scored import ModelScorer, ResponseScorer, Scored
-from openkeye.distill.teacher_weights import ResidentWeights, weights_hash
+from openkeye.distill.teacher_weights import ResidentWeights, is_delta, weights_hash
 from openkeye.inputs.prompt import Prompt, picture_hash
 from openkeye.inputs.video import Frames, VideoRequest
 from openkeye.model.keye import KeyeModel
@@ -154,7 +154,9 @@ class TeacherPool:
         self.cache = ScoreCache(cache_bytes)
         self.hashes = {name: weights_hash(folder) for name, folder in teachers.items()}
         # by the weights themselves, so that names that share some are one teacher
-        self._turns = {self.hashes[name]: _Turn(folder) for name, folder in teachers.items()}
+        # Deltas last, since of several folders with the same weights a delta is the one that is soonest there.
+        folders = sorted(teachers, key=lambda name: is_delta(teachers[name]))
+        self._turns = {self.hashes[name]: _Turn(teachers[name]) for name in folders}
         self._make_scorer = make_scorer
         self._scorer: ResponseScorer | None = None
         self._current = ""
