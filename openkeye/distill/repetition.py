@@ -113,14 +113,6 @@ def _sentences(text: str, spans: np.ndarray, config: RepetitionConfig) -> list[R
     return [Repetition(int(np.searchsorted(spans[:, 1], starts[1], side="right")), "sentence", len(starts)) for starts in often]
 
 
-def penalty_of(found: Repetition | None, num_tokens: int, config: RepetitionConfig) -> np.ndarray:
-    """[T] float32: what is taken off each token's advantage, lambda * [t >= onset] (report, MOPD)."""
-    penalty = np.zeros(num_tokens, np.float32)
-    if found is not None:
-        penalty[found.onset :] = config.penalty
-    return penalty
-
-
 def count_by_granularity(found: Sequence[Repetition | None]) -> dict[str, int]:
     """How many responses repeat themselves in which way first."""
     return {name: sum(one is not None and one.granularity == name for one in found) for name in GRANULARITIES}

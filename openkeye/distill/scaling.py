@@ -41,7 +41,9 @@ class ScalingConfig:
 def category_factors(
     categories: Sequence[np.ndarray], are_policy: Sequence[np.ndarray], config: ScalingConfig
 ) -> list[np.ndarray]:
-    """[T] float32 of every response of a step: the factor of each token, 1 on average over all that the policy sampled.
+    """[T] float32 of every response of a step: the factor of each token, 1 on average over all sampled ones that count.
+
+    Tokens of the factor 0 do not count, as the learner's sums do not count them.
 
     Args:
         categories: [T] of each response.
@@ -53,9 +55,9 @@ def category_factors(
     """
     table = np.array([config.categories.get(name, 1.0) for name in CATEGORY_NAMES])
     raw = [table[codes] for codes in categories]
-    total = sum(float(factors[is_policy].sum()) for factors, is_policy in zip(raw, are_policy, strict=True))
-    count = sum(int(is_policy.sum()) for is_policy in are_policy)
-    if count and not total:
+    own = [factors[is_policy] for factors, is_policy in zip(raw, are_policy, strict=True)]
+    total, count = sum(float(factors.sum()) for factors in own), sum(int((factors != 0).sum()) for factors in own)
+    if not count and sum(map(len, own)):
         raise InputError("all tokens of the step are of categories whose factor is 0; give one of them another")
     return [(factors * (count / total if count else 1.0)).astype(np.float32) for factors in raw]
 

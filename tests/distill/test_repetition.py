@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from openkeye.common.checks import InputError
-from openkeye.distill.repetition import Repetition, RepetitionConfig, count_by_granularity, find_repetition, penalty_of
+from openkeye.distill.repetition import Repetition, RepetitionConfig, count_by_granularity, find_repetition
 from openkeye.distill.token_categories import token_spans
 from openkeye.inputs.processor import BUNDLED_DIR
 from openkeye.inputs.tokenizer import TextTokenizer
@@ -67,10 +67,7 @@ def test_sentences_that_come_back_between_others():
     assert find_repetition(np.array(ids), CONFIG, *token_spans(tokenizer, ids)) is None
 
 
-def test_penalty_begins_at_the_onset():
-    penalty = penalty_of(Repetition(3, "token", 16), 6, RepetitionConfig(penalty=0.25))
-    assert penalty.tolist() == [0, 0, 0, 0.25, 0.25, 0.25]
-    assert penalty_of(None, 3, CONFIG).tolist() == [0, 0, 0]
+def test_responses_are_counted_by_what_they_repeat_first():
     assert count_by_granularity([None, Repetition(1, "token", 9), Repetition(1, "ngram", 9)]) == {
         "token": 1, "ngram": 1, "sentence": 0,
     }  # fmt: skip

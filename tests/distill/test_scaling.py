@@ -16,6 +16,12 @@ def test_factors_average_one_over_what_the_policy_sampled():
     assert factors[0].dtype == np.float32
 
 
+def test_what_counts_nothing_is_no_part_of_the_mean():
+    codes = [np.array([Category.FORMAT, Category.REASONING, Category.TIMES])]
+    (factors,) = category_factors(codes, [np.ones(3, bool)], ScalingConfig({"format": 0.0, "reasoning": 3.0}))
+    assert factors.tolist() == [0.0, 1.5, 0.5]
+
+
 def test_without_factors_every_token_counts_one():
     codes = [np.arange(6, dtype=np.uint8)]
     assert category_factors(codes, [np.ones(6, bool)], ScalingConfig({}))[0].tolist() == [1.0] * 6
