@@ -1,9 +1,10 @@
-"""Whether a teacher reads what the student has read: checked before it is asked, so that no comparison is silently of two worlds.
+"""Whether a teacher reads what the student has read: checked before it is asked, so that nothing unlike is compared in silence.
 
 Prompt and response are tokenised apart. The teacher's prompt is written by its own processor, with its own template; the
 response's tokens are the student's, joined by id, so that no merge of a tokenizer crosses the seam (report, SPRR).
 """
 
+import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ class ProcessorReader:
         if example.environment is not None:
             opening = await example.environment.reset()
             messages, tools = opening.messages, opening.tools
-        options = {"tools": list(tools)} if tools else {}
-        return encode(messages, self._processor, **options, **self._options)
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        return await asyncio.to_thread(encode, messages, self._processor, **options, **self._options)
 
 
 def find_mismatch(

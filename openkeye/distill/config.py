@@ -55,8 +55,8 @@ class DistillConfig:
             return min(self.estimator.top_k, vocab_size)
         if vocab_size > self.max_full_vocabulary:
             raise InputError(
-                f"estimator full: {vocab_size:,} tokens of vocabulary, and at most {self.max_full_vocabulary:,} are handed over at "
-                "each place; take overlap_kl, or raise max_full_vocabulary"
+                f"estimator full: {vocab_size:,} tokens of vocabulary, and at most {self.max_full_vocabulary:,} are handed "
+                "over at each place; take overlap_kl, or raise max_full_vocabulary"
             )
         return vocab_size
 
@@ -87,13 +87,14 @@ class DistillRun:
     max_tokens: int = 1024
     # of a response
     seed: int = 0
+    save_every_steps: int = 10
     learner: Mapping[str, Option] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
     # of whoever opens the parts
 
     def __post_init__(self) -> None:
         """Raises InputError for a run that does nothing."""
-        for name in ("num_steps", "rollouts_per_step", "max_tokens"):
+        for name in ("num_steps", "rollouts_per_step", "max_tokens", "save_every_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         if not any(weight > 0 for weight in self.tasks.values()):

@@ -57,7 +57,7 @@ def category_factors(
     raw = [table[codes] for codes in categories]
     own = [factors[is_policy] for factors, is_policy in zip(raw, are_policy, strict=True)]
     total, count = sum(float(factors.sum()) for factors in own), sum(int((factors != 0).sum()) for factors in own)
-    if not count and sum(map(len, own)):
+    if not count and any(len(factors) for factors in own):
         raise InputError("all tokens of the step are of categories whose factor is 0; give one of them another")
     return [(factors * (count / total if count else 1.0)).astype(np.float32) for factors in raw]
 
