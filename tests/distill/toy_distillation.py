@@ -30,7 +30,7 @@ from openkeye.train.packed_past import PackedPast
 from tests.distill.toy_teachers import text_prompt, write_model
 from tests.train.toy_runs import VOCABULARY
 
-LENGTH = 8
+LENGTH = 6
 # tokens of a response
 FIRST_TOKENS = {"maths": 1, "code": 2}
 
@@ -173,7 +173,7 @@ class ToyLearner:
         (ref + rl).backward()
         self._optimizer.step()
         self.version += 1
-        return {"loss/ref_kl": float(ref), "loss/rl": float(rl)}
+        return {"loss/ref_kl": float(ref.detach()), "loss/rl": float(rl.detach())}
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """See `Learner.weights`."""
@@ -206,7 +206,7 @@ def toy_run(folder: Path, folders: dict[str, str], distill: DistillConfig | None
         tasks=dict.fromkeys(FIRST_TOKENS, 1.0),
         num_steps=4,
         opens="tests.distill.toy_distillation:open_toys",
-        rollouts_per_step=24,
+        rollouts_per_step=16,
     )
     return replace(run, **changes)
 
