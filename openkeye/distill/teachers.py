@@ -1,7 +1,7 @@
 """Teachers by name, which of them an example goes to, and the pool that lets all of them look at responses with one device.
 
-A pool holds one network. It goes from teacher to teacher, loads each once in a step, and scores a response as soon as it is
-there and its teacher's turn has come: a teacher keeps its turn until all responses that the step has for it are scored.
+A pool has one seat. Teachers take it in turn, each once in a step, and a response is scored as soon as it is there and its
+teacher has the seat: a teacher keeps it until all responses that the step has for it are scored.
 """
 
 import asyncio
@@ -11,13 +11,14 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from openkeye.common.fields import unknown
 from openkeye.distill.scored import ModelScorer, ResponseScorer, Scored
-from openkeye.distill.teacher_weights import ResidentWeights, is_delta, weights_hash
+from openkeye.distill.teacher_weights import ResidentWeights, WeightFigures, is_delta, weights_hash
 from openkeye.inputs.prompt import Prompt, picture_hash
 from openkeye.inputs.video import Frames, VideoRequest
 from openkeye.model.keye import KeyeModel
@@ -54,6 +55,65 @@ class TeacherRoutes:
             if label in self._routes:
                 return self._routes[label]
         raise unknown("teacher of", f"{modality}/{task}", self._routes)
+
+
+class Seat(Protocol):
+    """A network that one teacher at a time has."""
+
+    @property
+    def num_slots(self) -> int:
+        """Responses that it scores at once."""
+        ...
+
+    @property
+    def figures(self) -> WeightFigures:
+        """What bringing weights in has cost so far."""
+        ...
+
+    async def use(self, folder: str) -> None:
+        """Give the seat to a teacher. Nothing is being scored.
+
+        Raises:
+            InputError: weights that cannot be loaded; then nobody has it.
+        """
+        ...
+
+    async def score(self, prompt: Prompt, output_ids: np.ndarray, chosen_ids: np.ndarray | None, top_k: int) -> Scored:
+        """See `scored.ResponseScorer.score`."""
+        ...
+
+
+class ModelSeat:
+    """`Seat` of a network in this process, on a thread beside the event loop."""
+
+    num_slots = 1
+
+    def __init__(
+        self,
+        base_dir: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        make_scorer: Callable[[KeyeModel], ResponseScorer] = ModelScorer,
+    ) -> None:
+        """See `ResidentWeights`. make_scorer: what reads with the network, made anew for every teacher."""
+        self._weights = ResidentWeights(base_dir, device, dtype)
+        self._make_scorer = make_scorer
+        self._scorer: ResponseScorer | None = None
+
+    @property
+    def figures(self) -> WeightFigures:
+        """See `Seat.figures`."""
+        return self._weights.figures
+
+    async def use(self, folder: str) -> None:
+        """See `Seat.use`."""
+        self._scorer = None
+        self._scorer = self._make_scorer(await asyncio.to_thread(self._weights.use, folder))
+
+    async def score(self, prompt: Prompt, output_ids: np.ndarray, chosen_ids: np.ndarray | None, top_k: int) -> Scored:
+        """See `Seat.score`."""
+        assert self._scorer is not None, "nobody has the seat"
+        return await asyncio.to_thread(self._scorer.score, prompt, output_ids, chosen_ids, top_k)
 
 
 @dataclass
@@ -127,43 +187,31 @@ class ScoreCache:
 
 
 class TeacherPool:
-    """See the top of this file. Used from one event loop; the network runs in a thread."""
+    """See the top of this file. Used from one event loop."""
 
-    def __init__(
-        self,
-        teachers: Mapping[str, str],
-        base_dir: str | Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        cache_bytes: int = 256 << 20,
-        make_scorer: Callable[[KeyeModel], ResponseScorer] = ModelScorer,
-    ) -> None:
+    def __init__(self, teachers: Mapping[str, str], seat: Seat, cache_bytes: int = 256 << 20) -> None:
         """
         Args:
-            teachers: folders by name: checkpoints, or deltas of the base (`teacher_weights.write_delta`).
-            base_dir: of which deltas are.
-            device: where the network is.
-            dtype: of its weights; None keeps the files' own.
+            teachers: folders by name: checkpoints, or deltas of the seat's base (`teacher_weights.write_delta`).
+            seat: what scores.
             cache_bytes: of scores that are kept.
-            make_scorer: what reads responses with the network; made anew whenever its weights have changed.
 
         Raises:
             InputError: a folder that is none, or unreadable weights.
         """
-        self.weights = ResidentWeights(base_dir, device, dtype)
         self.cache = ScoreCache(cache_bytes)
         self.hashes = {name: weights_hash(folder) for name, folder in teachers.items()}
         # by the weights themselves, so that names that share some are one teacher
         # Deltas last, since of several folders with the same weights a delta is the one that is soonest there.
         folders = sorted(teachers, key=lambda name: is_delta(teachers[name]))
         self._turns = {self.hashes[name]: _Turn(teachers[name]) for name in folders}
-        self._make_scorer = make_scorer
-        self._scorer: ResponseScorer | None = None
+        self._seat = seat
         self._current = ""
-        # hash of the weights in the network
-        self._own = PoolFigures()
+        # hash of the weights that have the seat
+        self._own, self._told = PoolFigures(), WeightFigures()
         self._changed = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[None]] = set()
 
     def begin_step(self, num_expected: Mapping[str, int]) -> None:
         """Say how many responses each teacher will have to score, so that none has to be loaded twice.
@@ -211,16 +259,19 @@ class TeacherPool:
     def take_figures(self) -> PoolFigures:
         """Everything since the last call."""
         told, self._own = self._own, PoolFigures()
-        for name, value in vars(self.weights.figures).items():
-            setattr(told, name, value)
-        self.weights.figures = type(self.weights.figures)()
+        now = WeightFigures(**vars(self._seat.figures))
+        for name, value in vars(now).items():
+            setattr(told, name, value - getattr(self._told, name))
+        self._told = now
         return told
 
     async def close(self) -> None:
         """Stop working; nobody may wait any longer."""
-        if self._work is not None:
-            self._work.cancel()
-            await asyncio.wait({self._work})
+        tasks = {*self._running, *([] if self._work is None else [self._work])}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _hash(self, name: str) -> str:
         if name not in self.hashes:
@@ -237,43 +288,56 @@ class TeacherPool:
 
     async def _run(self) -> None:
         while True:
+            self._running = {task for task in self._running if not task.done()}
             chosen = self._next()
-            if chosen is None:
-                self._changed.clear()
-                await self._changed.wait()
+            is_free = chosen == self._current or not self._running
+            if chosen is not None and is_free and len(self._running) < self._seat.num_slots:
+                one = self._turns[chosen].waiting.popleft()
+                if chosen == self._current or await self._take_seat(chosen, one):
+                    self._running.add(asyncio.create_task(self._answer(one)))
                 continue
-            one = self._turns[chosen].waiting.popleft()
-            known = self.cache.find(one.key)
-            if known is not None and not one.answer.done():
-                # Asked for twice, and answered in between.
-                self._own.num_cached += 1
-                one.answer.set_result(known)
-            if one.answer.done():
-                # Whoever asked has it, or has gone.
-                continue
-            task = asyncio.create_task(asyncio.to_thread(self._score, chosen, one))
-            await asyncio.wait({task})
-            error = task.exception()
-            if one.answer.done():
-                continue
-            if error is not None:
-                one.answer.set_exception(error)
-            else:
-                one.answer.set_result(task.result())
+            self._changed.clear()
+            change = asyncio.create_task(self._changed.wait())
+            await asyncio.wait({change, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+            change.cancel()
 
-    def _score(self, chosen: str, one: _Waiting) -> Scored:
-        if chosen != self._current or self._scorer is None:
-            # Whatever fails in between, the network has nobody's weights.
-            self._current, self._scorer = "", None
-            model = self.weights.use(self._turns[chosen].folder)
-            self._current, self._scorer = chosen, self._make_scorer(model)
+    async def _take_seat(self, chosen: str, one: _Waiting) -> bool:
+        """Give the seat to somebody else; False where that failed, which is told to whoever waits."""
+        self._current = ""
+        task = asyncio.create_task(self._seat.use(self._turns[chosen].folder))
+        await asyncio.wait({task})
+        error = task.exception()
+        if error is None:
+            self._current = chosen
             self._own.num_turns += 1
+        elif not one.answer.done():
+            one.answer.set_exception(error)
+        return error is None
+
+    async def _answer(self, one: _Waiting) -> None:
+        """Score one response with whoever has the seat."""
+        known = self.cache.find(one.key)
+        if known is not None and not one.answer.done():
+            # Asked for twice, and answered in between.
+            self._own.num_cached += 1
+            one.answer.set_result(known)
+        if one.answer.done():
+            # Whoever asked has it, or has gone.
+            return
         began = time.monotonic()
-        scored = self._scorer.score(one.prompt, one.output_ids, one.chosen_ids, one.top_k)
+        task = asyncio.create_task(self._seat.score(one.prompt, one.output_ids, one.chosen_ids, one.top_k))
+        await asyncio.wait({task})
         self._own.score_seconds += time.monotonic() - began
-        self._own.num_scored += 1
-        self.cache.keep(one.key, scored)
-        return scored
+        error = task.exception()
+        if error is None:
+            self._own.num_scored += 1
+            self.cache.keep(one.key, task.result())
+        if one.answer.done():
+            return
+        if error is None:
+            one.answer.set_result(task.result())
+        else:
+            one.answer.set_exception(error)
 
 
 def score_key(weights: str, prompt: Prompt, output_ids: np.ndarray, chosen_ids: np.ndarray | None, top_k: int) -> bytes:

@@ -75,7 +75,7 @@ def test_literal_form_brings_it_nearer_to_nobody(folders, tmp_path):
 
 
 def test_a_student_that_is_its_teacher_stays_what_it_is(folders, tmp_path):
-    own = {name: folders["student"] for name in FIRST_TOKENS}
+    own = dict.fromkeys(FIRST_TOKENS, folders["student"])
     config = DistillConfig(own, {f"text/{name}": name for name in own}, estimator=EstimatorConfig("sampled"))
     run = toy_run(tmp_path, folders, config, num_steps=1)
     parts, records = open_toys(run), []

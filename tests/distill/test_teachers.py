@@ -7,7 +7,7 @@ import pytest
 from openkeye.common.checks import InputError
 from openkeye.distill.scored import ModelScorer, Scored
 from openkeye.distill.teacher_weights import write_delta
-from openkeye.distill.teachers import ScoreCache, TeacherPool, TeacherRoutes, score_key
+from openkeye.distill.teachers import ModelSeat, ScoreCache, TeacherPool, TeacherRoutes, score_key
 from openkeye.model.weights import load_model
 from tests.distill.toy_teachers import picture_prompt, response, text_prompt, write_descendant, write_model
 
@@ -24,8 +24,8 @@ def folders(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / folder) for name, folder in names.items()}
 
 
-def opened(folders: dict[str, str], **options) -> TeacherPool:
-    return TeacherPool(folders, folders["teacher_model"], **options)
+def opened(folders: dict[str, str]) -> TeacherPool:
+    return TeacherPool(folders, ModelSeat(folders["teacher_model"]))
 
 
 def told(folder: str, ids: np.ndarray) -> np.ndarray:
@@ -127,6 +127,40 @@ def test_what_is_known_is_not_computed_again(folders):
         assert tools is await pool.score("code", PROMPT, response(0), chosen, 2), "the same weights by another name"
         figures = pool.take_figures()
         assert (figures.num_cached, figures.num_scored) == (3, 7)
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_a_seat_that_scores_several_at_once_is_kept_busy_and_changes_hands_when_it_is_idle(folders):
+    class SlowSeat(ModelSeat):
+        num_slots = 3
+
+        def __init__(self) -> None:
+            super().__init__(folders["teacher_model"])
+            self.now, self.most, self.folders = 0, 0, []
+
+        async def use(self, folder: str) -> None:
+            assert self.now == 0, "somebody is still being scored"
+            self.folders.append(folder)
+            await super().use(folder)
+
+        async def score(self, *arguments) -> Scored:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0.01)
+            self.now -= 1
+            return await super().score(*arguments)
+
+    async def run() -> None:
+        seat = SlowSeat()
+        pool = TeacherPool(folders, seat)
+        pool.begin_step({"maths": 5, "code": 5})
+        order = ["maths", "code"] * 5
+        found = await asyncio.gather(*(pool.score(name, PROMPT, response(n), None, 4) for n, name in enumerate(order)))
+        for number, (name, scored) in enumerate(zip(order, found, strict=True)):
+            assert np.array_equal(scored.logprobs, told(folders[name], response(number)))
+        assert seat.most == 3 and len(seat.folders) == 2
         await pool.close()
 
     asyncio.run(run())

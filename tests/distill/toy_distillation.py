@@ -20,7 +20,7 @@ from openkeye.distill.divergence import NO_TOKEN, full_kl
 from openkeye.distill.loop import DistillParts
 from openkeye.distill.scored import ModelScorer, Scored, prompt_document, response_hidden
 from openkeye.distill.streams import Record, SupportDivergence
-from openkeye.distill.teachers import TeacherPool
+from openkeye.distill.teachers import ModelSeat, TeacherPool
 from openkeye.inputs.prompt import Prompt
 from openkeye.model.keye import KeyeModel
 from openkeye.model.weights import load_model, save_model
@@ -219,7 +219,7 @@ def open_toys(run: DistillRun) -> DistillParts:
         policy=policy,
         student=ToyStudentScorer(policy),
         learner=ToyLearner(Path(run.model_dir), SupportDivergence(config.estimator), **run.learner),
-        pool=TeacherPool(config.teachers, config.base_dir or None, cache_bytes=config.cache_bytes),
+        pool=TeacherPool(config.teachers, ModelSeat(config.base_dir or None), config.cache_bytes),
         student_reader=ToyReader(),
         teacher_readers={name: ToyReader() for name in config.teachers},
         tasks={name: ToyTask(name) for name in FIRST_TOKENS},
