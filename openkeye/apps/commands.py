@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": "openkeye.apps.serve",
     "convert": "openkeye.apps.convert",
     "train": "openkeye.apps.train",
+    "distill": "openkeye.apps.distill",
 }
 
 

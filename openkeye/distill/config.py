@@ -88,6 +88,7 @@ class DistillRun:
     # of a response
     seed: int = 0
     save_every_steps: int = 10
+    has_tensorboard: bool = True
     learner: Mapping[str, Option] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
     # of whoever opens the parts

@@ -27,6 +27,7 @@ from openkeye.data.document import Document
 from openkeye.data.mixture import keyed, permuted
 from openkeye.distill.alignment import PromptReader, check_lengths, find_mismatch, is_finite, is_own_prompt
 from openkeye.distill.config import DistillConfig, DistillRun
+from openkeye.distill.run_folder import claim_run_dir
 from openkeye.distill.scored import Scored, prompt_document
 from openkeye.distill.streams import Record, TaughtSample, read_tokens, step_streams
 from openkeye.distill.teachers import TeacherPool, TeacherRoutes
@@ -105,7 +106,7 @@ class DistillParts:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Taught:
     """A sample, and the prompt that the student answered."""
 
     sample: TaughtSample
@@ -131,7 +132,8 @@ class Distillation:
         """Answer, have scored, learn, publish.
 
         Returns:
-            figures: the learner's, overlap and divergence by domain, dropped samples by reason, what teachers have cost.
+            figures: the learner's, overlap and divergence by domain, dropped samples by reason, what teachers have cost; `step`
+            counts from 1.
 
         Raises:
             InputError: an example that nobody teaches, or a step of which nothing is left.
@@ -149,7 +151,7 @@ class Distillation:
         finally:
             for task in tasks:
                 task.cancel()
-        seen = [result for result in results if isinstance(result, _Seen)]
+        seen = [result for result in results if isinstance(result, Taught)]
         dropped = Counter(result for result in results if isinstance(result, str))
         if not seen:
             reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items())
@@ -163,21 +165,33 @@ class Distillation:
         record |= {f"dropped/{reason}": number for reason, number in dropped.items()}
         record |= {f"teachers/{name}": value for name, value in vars(parts.pool.take_figures()).items()}
         seconds = {"score_seconds": scored_seconds, "step_seconds": time.monotonic() - began}
-        return {"step": step, "num_samples": len(seen)} | record | learnt | seconds
+        return learnt | record | seconds | {"step": parts.learner.version, "num_samples": len(seen)}
 
-    def _learn(self, seen: Sequence[_Seen], streams: Sequence[TokenStreams]) -> Record:
+    def _learn(self, seen: Sequence[Taught], streams: Sequence[TokenStreams]) -> Record:
         parts = self.parts
         samples = [
             parts.make_sample(parts.make_document(one.prompt, one.sample.rollout), one.sample.rollout, own)
             for one, own in zip(seen, streams, strict=True)
         ]
-        return {f"learner/{name}": value for name, value in parts.learner.step(samples).items()}
+        return parts.learner.step(samples)
 
-    async def _teach(self, example: Example, name: str, id: RolloutId) -> _Seen | str:
-        """A sample, or why there is none."""
-        pool, is_asked = self.parts.pool, False
+    async def _teach(self, example: Example, name: str, id: RolloutId) -> Taught | str:
+        rollout = None
         try:
             rollout = await self.parts.policy.roll(example, id)
+        finally:
+            if rollout is None:
+                self.parts.pool.withdraw(name)
+        return await self.teach(example, name, rollout)
+
+    async def teach(self, example: Example, name: str, rollout: Rollout) -> Taught | str:
+        """What a teacher says of a finished answer, or why it is not asked (`alignment.MISMATCHES`, "failed").
+
+        Raises:
+            InputError: an unknown teacher, or weights of one that cannot be loaded.
+        """
+        pool, is_asked = self.parts.pool, False
+        try:
             if rollout.finish_reason == "failed" or not rollout.num_policy_tokens:
                 return "failed"
             prompts = await self._prompts(example, name, rollout)
@@ -185,8 +199,8 @@ class Distillation:
                 return prompts
             own_prompt, teacher_prompt = prompts
             student = None
-            k = min(self.config.estimator.top_k, self.parts.vocab_size)
             if self.config.asks_student:
+                k = min(self.config.estimator.top_k, self.parts.vocab_size)
                 student = await self.parts.student.score(own_prompt, rollout.output_ids, None, k)
                 check_lengths(student, rollout, 0)
             chosen_ids = None if student is None else student.top_ids
@@ -202,7 +216,7 @@ class Distillation:
         tokens = await asyncio.to_thread(
             read_tokens, rollout, self.parts.tokenizer, bool(own_prompt.pictures), begins_in_thinking, self.config.repetition
         )
-        return _Seen(TaughtSample(rollout, name, scored, student, tokens), own_prompt)
+        return Taught(TaughtSample(rollout, name, scored, student, tokens), own_prompt)
 
     async def _prompts(self, example: Example, name: str, rollout: Rollout) -> tuple[Prompt, Prompt] | str:
         """(the student's prompt, the teacher's) where both read the same; else what differs."""
@@ -253,8 +267,7 @@ async def distill(
     """
     distillation = Distillation(run.distill, parts)
     folder = Path(run.run_dir)
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    claim_run_dir(run)
     try:
         await parts.policy.publish(parts.learner.version, parts.learner.weights())
         while parts.learner.version < run.num_steps:
