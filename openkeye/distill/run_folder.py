@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ def claim_run_dir(run: DistillRun) -> None:
     folder, own = Path(run.run_dir), _as_json(run)
     path = folder / SETTINGS_FILE
     if path.is_file():
-        saved = json.loads(path.read_text())
+        before, now = (_flat({**settings, **dict.fromkeys(MAY_CHANGE)}) for settings in (json.loads(path.read_text()), own))
         told = [
-            f"{name} was {saved.get(name)!r} and is {own[name]!r}"
-            for name in own
-            if name not in MAY_CHANGE and saved.get(name) != own[name]
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
         ]
         if told:
             raise InputError(f"{folder} belongs to a run with other settings ({'; '.join(told)}); give another run_dir")
@@ -40,3 +41,11 @@ def claim_run_dir(run: DistillRun) -> None:
 
 def _as_json(run: DistillRun) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(run)))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by path, as the words of a command line name them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,8 +1,8 @@
 """From what teachers have said to what each token counts for: the streams that the learner reads, and how it compares supports.
 
 The learner knows one thing about teachers: a support of tokens with the teacher's log-probabilities, of which it computes the
-student's with gradient, and a function that makes a loss of both. Everything that an estimator reads travels in it, in columns:
-the sampled token, the student's log-probability of it when it was sampled (with no id), and then the support itself.
+student's with gradient, and a function that makes a loss of both. Here the support's first column is the sampled token itself,
+so that every estimator has one; the teacher's log-probability of it is `ref_logprobs` too.
 
 Letters: T tokens of a response, n tokens of a pack, K columns.
 """
@@ -10,6 +10,7 @@ Letters: T tokens of a response, n tokens of a pack, K columns.
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from openkeye.distill.config import DistillConfig
 from openkeye.distill.divergence import (
-    NO_TOKEN,
     OVERLAP_FIGURES,
     TokenInputs,
     choose_support,
@@ -33,8 +33,8 @@ from openkeye.inputs.tokenizer import TextTokenizer
 from openkeye.rl.rollout import Rollout, TokenStreams
 
 Record = dict[str, float | int | str]
-NUM_OWN_COLUMNS = 2
-# before the support: the sampled token, and its log-probability when it was sampled
+NUM_OWN_COLUMNS = 1
+# before the support itself: the sampled token
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,13 @@ def _streams(sample: TaughtSample, weights: np.ndarray, config: DistillConfig) -
 
 
 def joined_support(sample: TaughtSample, config: EstimatorConfig) -> tuple[np.ndarray, np.ndarray]:
-    """([T, 2 + K] int32 ids, [T, 2 + K] float32 log-probabilities of the teacher): the columns at the top of this file."""
-    rollout, scored = sample.rollout, sample.scored
-    nobody = np.full_like(rollout.output_ids, NO_TOKEN)
-    ids, logprobs = [rollout.output_ids, nobody], [scored.logprobs, rollout.logprobs]
+    """([T, 1 + K] int32 ids, [T, 1 + K] float32 log-probabilities of the teacher): the sampled token, and then the support."""
+    ids, logprobs = [sample.rollout.output_ids[:, None]], [sample.scored.logprobs[:, None]]
     if config.has_support:
         chosen, given = _support(sample, config)
-        ids += list(chosen.T)
-        logprobs += list(given.T)
-    return np.stack(ids, axis=1).astype(np.int32), np.stack(logprobs, axis=1).astype(np.float32)
+        ids.append(chosen)
+        logprobs.append(given)
+    return np.concatenate(ids, axis=1).astype(np.int32), np.concatenate(logprobs, axis=1).astype(np.float32)
 
 
 def _support(sample: TaughtSample, config: EstimatorConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -141,25 +139,67 @@ def _support(sample: TaughtSample, config: EstimatorConfig) -> tuple[np.ndarray,
     return choose_support(config.support, own, given).numpy(), scored.chosen
 
 
+class SampledTokens(Protocol):
+    """What the learner knows of n tokens, [n] each; only `logprobs` has a gradient."""
+
+    @property
+    def logprobs(self) -> Tensor: ...
+
+    @property
+    def rollout(self) -> Tensor:
+        """As they were sampled."""
+        ...
+
+    @property
+    def ref_logprobs(self) -> Tensor:
+        """The teacher's."""
+        ...
+
+
+class ComparedSupport(Protocol):
+    """What the learner knows of their supports, [n, K] each."""
+
+    @property
+    def student(self) -> Tensor:
+        """With gradient."""
+        ...
+
+    @property
+    def teacher(self) -> Tensor: ...
+
+    @property
+    def ids(self) -> Tensor: ...
+
+
+class SupportLosses(NamedTuple):
+    """What an estimator makes of each token, [n]."""
+
+    losses: Tensor
+    # with gradient
+    figures: dict[str, Tensor]
+    # for the log, by name
+
+
 @dataclass(frozen=True)
 class SupportDivergence:
-    """What the learner calls: (student [n, K] with gradient, teacher [n, K], ids [n, K]) -> [n] losses."""
+    """What the learner calls for tokens with a support."""
 
     config: EstimatorConfig
 
-    def __call__(self, student_nK: Tensor, teacher_nK: Tensor, ids_nK: Tensor) -> Tensor:
-        """The loss of each token from the columns of `joined_support`."""
-        support = slice(NUM_OWN_COLUMNS, None)
-        tokens = TokenInputs(
-            logprobs_n=student_nK[:, 0],
-            rollout_logprobs_n=teacher_nK[:, 1],
-            teacher_logprobs_n=teacher_nK[:, 0],
-            sampled_ids_n=ids_nK[:, 0],
-            support_ids_nK=ids_nK[:, support],
-            student_nK=student_nK[:, support],
-            teacher_nK=teacher_nK[:, support],
+    def __call__(self, tokens: SampledTokens, support: ComparedSupport) -> SupportLosses:
+        """The loss of each token, from the columns of `joined_support`."""
+        kept = slice(NUM_OWN_COLUMNS, None)
+        inputs = TokenInputs(
+            logprobs_n=tokens.logprobs,
+            rollout_logprobs_n=tokens.rollout,
+            teacher_logprobs_n=tokens.ref_logprobs,
+            sampled_ids_n=support.ids[:, 0],
+            support_ids_nK=support.ids[:, kept],
+            student_nK=support.student[:, kept],
+            teacher_nK=support.teacher[:, kept],
         )
-        return token_losses(self.config, tokens)
+        figures = {"log_ratio_abs": (tokens.ref_logprobs - tokens.logprobs.detach()).abs()}
+        return SupportLosses(token_losses(self.config, inputs), figures)
 
 
 def step_figures(samples: Sequence[TaughtSample], log_ratios: Sequence[np.ndarray]) -> Record:

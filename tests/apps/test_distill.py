@@ -44,7 +44,8 @@ def test_a_recipe_runs_and_is_told_of(words, tmp_path, capsys):
     assert load_model(tmp_path / "out").config == load_model(tmp_path / "student").config
     # Another run is not mixed into the same folder.
     assert main([*words, "seed=5"]) == 2
-    assert "seed was 0 and is 5" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "seed was 0 and is 5" in told and "distill.estimator.name was 'full' and is 'overlap_kl'" in told
 
 
 def test_a_run_out_of_time_says_so(words, tmp_path, capsys):

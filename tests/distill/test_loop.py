@@ -4,19 +4,29 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from openkeye.common.checks import InputError
 from openkeye.distill.config import DistillConfig
-from openkeye.distill.divergence import NO_TOKEN
-from openkeye.distill.estimator_config import EstimatorConfig
+from openkeye.distill.divergence import NO_TOKEN, TokenInputs, token_losses
+from openkeye.distill.estimator_config import ESTIMATORS, EstimatorConfig
 from openkeye.distill.loop import Distillation, DistillParts, distill, step_examples
 from openkeye.distill.repetition import Repetition, RepetitionConfig
 from openkeye.distill.scaling import ScalingConfig
 from openkeye.distill.scored import Scored
-from openkeye.distill.streams import NUM_OWN_COLUMNS, ReadTokens, TaughtSample, joined_support, read_tokens, step_streams
+from openkeye.distill.streams import (
+    NUM_OWN_COLUMNS,
+    ReadTokens,
+    SupportDivergence,
+    TaughtSample,
+    joined_support,
+    read_tokens,
+    step_streams,
+)
 from openkeye.distill.token_categories import Category
 from openkeye.inputs.processor import BUNDLED_DIR
 from openkeye.inputs.tokenizer import TextTokenizer
@@ -24,7 +34,7 @@ from openkeye.model.weights import load_model
 from openkeye.rl.rollout import Rollout, RolloutId
 from tests.distill.toy_distillation import FIRST_TOKENS, ToyReader, ToyTask, open_toys, toy_run, whole_kl, write_toys
 
-NUM_STEPS = 10
+NUM_STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +67,19 @@ def learn(folder: Path, folders: dict[str, str], estimator: EstimatorConfig) -> 
 )
 def test_student_comes_nearer_to_both_teachers_at_once(folders, tmp_path, estimator):
     before, after, records = learn(tmp_path, folders, estimator)
-    assert (after < before).all(), (before, after)
-    if estimator.name in ("overlap_kl", "full"):
-        assert (after < 0.85 * before).all(), (before, after)
+    assert (after < 0.9 * before).all(), (before, after)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log == records and len(log) == NUM_STEPS
     assert all(record["teachers/num_turns"] <= 2 and record["teachers/num_loads"] <= 2 for record in records)
     assert {"kl/maths", "kl/code", "overlap_ratio", "student_mass/code", "scale/maths"} <= records[0].keys()
-    assert records[0]["num_samples"] == records[0]["teachers/num_scored"] == 16
+    assert records[0]["num_samples"] == records[0]["teachers/num_scored"] == 24
     student = load_model(tmp_path / "out").state_dict()
     assert any(not np.array_equal(student[n], w) for n, w in load_model(folders["student"]).state_dict().items())
 
 
 def test_literal_form_brings_it_nearer_to_nobody(folders, tmp_path):
     before, after, _ = learn(tmp_path, folders, EstimatorConfig("keye_literal"))
-    assert (after > 0.95 * before).all(), (before, after)
+    assert after.mean() > 0.95 * before.mean() and (after > 0.9 * before).all(), (before, after)
 
 
 def test_a_student_that_is_its_teacher_stays_what_it_is(folders, tmp_path):
@@ -102,7 +110,7 @@ def test_samples_that_the_teacher_reads_otherwise_are_dropped_and_counted(folder
     assert record["dropped/vocabulary"] == num_maths
     assert record["num_samples"] == len(examples) - num_maths and "kl/maths" not in record
     parts = replace(open_toys(run), student_reader=ToyReader(opening=(9,)))
-    with pytest.raises(InputError, match=r"student_prompt: 16"):
+    with pytest.raises(InputError, match=r"student_prompt: 24"):
         asyncio.run(step(parts))
 
 
@@ -125,7 +133,7 @@ def test_teachers_prompt_is_its_own(folders, tmp_path):
         return await Distillation(run.distill, parts).step(step_examples(run, parts.tasks, 0), 0)
 
     plain, other = asyncio.run(step(())), asyncio.run(step((5, 6)))
-    assert seen[16:] == [[5, 6]] * 16 and "dropped/positions" not in other
+    assert seen[24:] == [[5, 6]] * 24 and "dropped/positions" not in other
     assert plain["kl"] != other["kl"]
 
 
@@ -145,7 +153,7 @@ def test_failed_rollouts_hold_nobody_up(folders, tmp_path):
         return await Distillation(run.distill, parts).step(step_examples(run, parts.tasks, 0), 0)
 
     record = asyncio.run(asyncio.wait_for(step(), 20))
-    assert record["dropped/failed"] == 6 and record["num_samples"] == 10
+    assert record["dropped/failed"] == 8 and record["num_samples"] == 16
 
 
 def test_unknown_labels_and_missing_readers_are_told_before_anything_runs(folders, tmp_path):
@@ -236,12 +244,29 @@ def test_columns_of_a_support(folders):
     sample = sample_of("maths", [7, 5], [True, True], [0, 0])
     ids, given = joined_support(sample, EstimatorConfig())
     # The student's top k is 4, 5 and the teacher's 6, 5.
-    assert ids.tolist() == [[7, NO_TOKEN, NO_TOKEN, 5], [5, NO_TOKEN, NO_TOKEN, 5]]
-    assert given[:, 0].tolist() == [-2.0, -1.0] and given[:, 1].tolist() == [-1.0, -1.0] and given[0, 3] == -1.5
+    assert ids.tolist() == [[7, NO_TOKEN, 5], [5, NO_TOKEN, 5]]
+    assert given[:, 0].tolist() == [-2.0, -1.0] and given[0, 2] == -1.5
     assert joined_support(sample, EstimatorConfig("sampled"))[0].shape == (2, NUM_OWN_COLUMNS)
-    assert joined_support(sample, EstimatorConfig(support="student"))[0][0].tolist() == [7, NO_TOKEN, 4, 5]
+    assert joined_support(sample, EstimatorConfig(support="student"))[0][0].tolist() == [7, 4, 5]
     ids, given = joined_support(sample, EstimatorConfig(support="teacher"))
-    assert ids[0].tolist() == [7, NO_TOKEN, 6, 5] and given[0, 2:].tolist() == [-5.0, -4.0]
+    assert ids[0].tolist() == [7, 6, 5] and given[0, 1:].tolist() == [-5.0, -4.0]
+
+
+def test_the_learner_is_given_each_estimator_of_the_same_tokens():
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    log, sampled = logits.log_softmax(-1), torch.tensor([0, 3, 8, 2, 2])
+    support_ids = torch.tensor([[1, 2, -1], [3, 0, 4], [-1, -1, -1], [5, 6, 7], [2, 1, 0]])
+    teacher = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    ids = torch.cat([sampled[:, None], support_ids], dim=1)
+    own, given, then = (x.gather(1, sampled[:, None])[:, 0] for x in (log, teacher, log.detach() - 0.1))
+    tokens = SimpleNamespace(logprobs=own, rollout=then, ref_logprobs=given)
+    support = SimpleNamespace(student=log.gather(1, ids.clamp(min=0)), teacher=teacher.gather(1, ids.clamp(min=0)), ids=ids)
+    for name in ESTIMATORS:
+        for config in (EstimatorConfig(name), EstimatorConfig(name, has_baseline=True, high_ratio=1.05)):
+            inputs = TokenInputs(own, then, given, sampled, support_ids, support.student[:, 1:], support.teacher[:, 1:])
+            found = SupportDivergence(config)(tokens, support)
+            assert torch.equal(found.losses, token_losses(config, inputs))
+            found.losses.sum().backward(retain_graph=True)
 
 
 def test_only_the_policys_own_tokens_are_read():

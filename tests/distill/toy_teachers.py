@@ -14,7 +14,7 @@ from openkeye.model.weights import load_model, save_model
 from openkeye.train.initialise import initialise
 from tests.train.toy_runs import IMAGE, TOY, VOCABULARY
 
-TEXT_TOY = replace(TOY, vision=None)
+TEXT_TOY = replace(TOY, vision=None, num_hidden_layers=1)
 
 
 def write_model(folder: Path, seed: int = 1, config: KeyeConfig = TEXT_TOY) -> Path:
