@@ -103,6 +103,8 @@ class DistillParts:
     make_document: Callable[[Prompt, Rollout], Document] = lambda prompt, rollout: prompt_document(
         prompt, rollout.output_ids, str(rollout.id)
     )
+    close: Callable[[], None] = lambda: None
+    # lets go of engines and ranks, at the end of a run
 
 
 @dataclass(frozen=True)
@@ -285,3 +287,4 @@ async def distill(
         return True
     finally:
         await parts.pool.close()
+        parts.close()

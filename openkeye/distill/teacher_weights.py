@@ -171,6 +171,8 @@ class ResidentWeights:
         self._loaded: Path | None = None
         # folder of the whole checkpoint that the network was read from
         self._undo: dict[str, Tensor] = {}
+        self.changed_names: frozenset[str] = frozenset()
+        # tensors that the last `use` may have changed
 
     def use(self, model_dir: str | Path) -> KeyeModel:
         """The network with a teacher's weights; the one handed out before has them too, or is let go of.
@@ -180,6 +182,7 @@ class ResidentWeights:
         """
         folder = resolve_model_dir(model_dir)
         has_base = is_delta(folder)
+        before, num_loads = _names_of(self._undo), self.figures.num_loads
         model = self._whole(self._base_of(folder) if has_base else folder)
         if has_base:
             began = time.monotonic()
@@ -190,6 +193,8 @@ class ResidentWeights:
             self._loaded = loaded
             self.figures.num_swaps += 1
             self.figures.swap_seconds += time.monotonic() - began
+        is_same = self.figures.num_loads == num_loads
+        self.changed_names = before | _names_of(self._undo) if is_same else frozenset(model.state_dict())
         return model
 
     def _whole(self, folder: Path) -> KeyeModel:
@@ -232,6 +237,10 @@ def _read_settings(path: Path) -> dict[str, str]:
         return {name: settings[name] for name in ("base_hash", "weights_hash")}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a delta's settings ({error!r}); make the delta anew") from error
+
+
+def _names_of(delta: Mapping[str, Tensor]) -> frozenset[str]:
+    return frozenset(key.removesuffix(ROWS).removesuffix(VALUES) for key in delta)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -95,10 +95,14 @@ def test_swapping_gives_each_teacher_its_own_weights_and_loads_the_base_once(fol
         folder = folders["base"] if name == "base" else tmp_path / f"{name}_delta"
         assert are_equal(weights.use(folder).state_dict(), load_model(folders[name]).state_dict()), name
     assert (weights.figures.num_loads, weights.figures.num_swaps) == (1, 4)
+    weights.use(tmp_path / "few_delta")
+    assert weights.changed_names == {"lm_head.weight"}
+    weights.use(tmp_path / "experts_delta")
+    assert weights.changed_names == {"lm_head.weight", "model.norm.weight", "model.layers.0.mlp.experts.gate_up_proj"}
     assert weights.figures.load_seconds > 0 < weights.figures.swap_seconds
     assert are_equal(weights.use(folders["other"]).state_dict(), load_model(folders["other"]).state_dict())
     assert are_equal(weights.use(tmp_path / "few_delta").state_dict(), load_model(folders["few"]).state_dict())
-    assert weights.figures.num_loads == 3
+    assert weights.figures.num_loads == 3 and weights.changed_names == set(load_model(folders["base"]).state_dict())
 
 
 def test_a_delta_that_cannot_be_written_in_leaves_no_mixture(folders, tmp_path):
