@@ -63,8 +63,10 @@ class StudentScorer(Protocol):
 class Learner(Protocol):
     """The student as it learns (`openkeye.rl`), made with `streams.SupportDivergence`."""
 
-    version: int
-    # steps that its weights have behind them
+    @property
+    def version(self) -> int:
+        """Steps that its weights have behind them."""
+        ...
 
     def step(self, samples: Sequence[Any]) -> Record:
         """One optimizer step over all samples."""
