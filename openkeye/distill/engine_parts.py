@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from openkeye.rl.episode import EpisodeLimits, run_episode
 from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample
 from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine
+from openkeye.rl.policy_loss import PolicyTokens, Support, SupportLosses
 from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.rl.rollout_document import rollout_document
 from openkeye.tasks.task import Example, Task
@@ -139,7 +141,7 @@ def open_engine_parts(run: DistillRun, tasks: Mapping[str, Task], engine: Engine
         opened_learner(
             learner_config(run),
             AlgorithmConfig(objective="dapo"),
-            support_divergence=SupportDivergence(config.estimator),
+            support_divergence=partial(_compare, SupportDivergence(config.estimator)),
         )
     )
     policy = PolicyEngine(Engine(run.model_dir, config=engine), PolicyConfig(seed=run.seed))
@@ -162,6 +164,10 @@ def open_engine_parts(run: DistillRun, tasks: Mapping[str, Task], engine: Engine
         make_document=rollout_document,
         close=stack.close,
     )
+
+
+def _compare(estimator: SupportDivergence, tokens: PolicyTokens, support: Support) -> SupportLosses:
+    return SupportLosses(*estimator(tokens, support))
 
 
 def learner_config(run: DistillRun) -> LearnerConfig:
