@@ -68,6 +68,9 @@ class PostTrainingConfig:
     # groups in a row with nothing to learn from, after which the run ends
     algorithm: Mapping[str, Option] = field(default_factory=dict)
     learner: Mapping[str, Option] = field(default_factory=dict)
+    engine: Mapping[str, Option] = field(default_factory=dict)
+    episode: Mapping[str, Option] = field(default_factory=dict)
+    # fields by name of the settings that these have of their own
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 2048
