@@ -117,6 +117,11 @@ def test_other_positions_are_dropped(student):
     flat = torch.arange(own.num_tokens).expand(3, -1)
     changed = replace(prompt, model_input=replace(own, position_ids=flat))
     assert find_mismatch(prompt, changed, student.identity, student.identity) == "positions"
+    # Text that goes on one too late behind everything.
+    late = own.position_ids.clone()
+    late[:, prompt.pictures[-1].end_token :] += 1
+    changed = replace(prompt, model_input=replace(own, position_ids=late))
+    assert find_mismatch(prompt, changed, student.identity, student.identity) == "positions"
     # Rows and columns exchanged: the same room, another picture.
     picture = prompt.pictures[0]
     turned = own.position_ids.clone()

@@ -6,7 +6,10 @@ from openkeye.distill.divergence import NO_TOKEN, TokenInputs, choose_support, t
 from openkeye.distill.estimator_config import ESTIMATORS, EstimatorConfig
 from openkeye.distill.scored import ModelScorer, prompt_document, response_hidden
 from openkeye.inputs.encode import encode
+from openkeye.inputs.model_input import ModelInput
+from openkeye.inputs.positions import position_ids
 from openkeye.inputs.processor import BUNDLED_DIR, Processor
+from openkeye.inputs.prompt import Picture, Prompt
 from openkeye.model.keye import KeyeModel
 from openkeye.model.past import PlainPast
 from openkeye.model.weights import load_model
@@ -44,6 +47,19 @@ def test_scores_are_those_of_the_plain_pass(toy, prompt, slab_rows):
     assert np.allclose(scored.top_logprobs, -np.sort(-expected, axis=1)[:, :6], atol=1e-5)
     assert np.allclose(np.take_along_axis(expected, scored.top_ids.astype(np.int64), 1), scored.top_logprobs, atol=1e-5)
     assert scored.num_bytes == 4 * len(ids) * (1 + 5 + 6 + 6)
+
+
+def test_a_response_goes_on_at_the_place_behind_its_pictures():
+    """A picture of two by two takes four tokens and room for two."""
+    grid = torch.tensor([[1, 4, 4]])
+    ids = torch.tensor([3, *[TOY.image_token_id] * 4, 5])
+    positions = position_ids(torch.cat([ids, torch.tensor([8, 9])]), grid, None, TOY.image_token_id, TOY.video_token_id)
+    pixels = np.zeros((56, 56, 3), np.uint8)
+    prompt = Prompt(ModelInput(ids, positions[:, :6]), "", (pixels,), (Picture(0, 1, 4, False),))
+    document = prompt_document(prompt, np.array([8, 9]))
+    assert torch.equal(document.position_ids, positions) and document.position_ids[0, 6] == 4
+    assert document.is_media.tolist() == [False, True, True, True, True, False, False, False]
+    assert document.is_learnt.tolist() == [False] * 6 + [True] * 2
 
 
 def test_top_k_wider_than_the_vocabulary_is_all_of_it(toy):
