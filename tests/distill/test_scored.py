@@ -53,10 +53,10 @@ def test_a_response_goes_on_at_the_place_behind_its_pictures():
     """A picture of two by two takes four tokens and room for two."""
     grid = torch.tensor([[1, 4, 4]])
     ids = torch.tensor([3, *[TOY.image_token_id] * 4, 5])
-    positions = position_ids(torch.cat([ids, torch.tensor([8, 9])]), grid, None, TOY.image_token_id, TOY.video_token_id)
+    positions = position_ids(torch.cat([ids, torch.tensor([10, 11])]), grid, None, TOY.image_token_id, TOY.video_token_id)
     pixels = np.zeros((56, 56, 3), np.uint8)
     prompt = Prompt(ModelInput(ids, positions[:, :6]), "", (pixels,), (Picture(0, 1, 4, False),))
-    document = prompt_document(prompt, np.array([8, 9]))
+    document = prompt_document(prompt, np.array([10, 11]))
     assert torch.equal(document.position_ids, positions) and document.position_ids[0, 6] == 4
     assert document.is_media.tolist() == [False, True, True, True, True, False, False, False]
     assert document.is_learnt.tolist() == [False] * 6 + [True] * 2
