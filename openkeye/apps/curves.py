@@ -109,6 +109,10 @@ def _rollout_panels(records: Sequence[Record]) -> list[tuple[str, Lines, str]]:
         ("tokens a rollout", named("length", "length_max"), "linear"),
         ("cut and repeated", named("cut_share", "repetition_share"), "linear"),
         ("age (versions)", named("age", "age_max"), "linear"),
+        ("divergence from teachers (k1)", under("kl"), "linear"),
+        ("overlap with teachers", named("overlap_ratio", "student_mass", "teacher_mass", "empty_overlap"), "linear"),
+        ("scale of domains", under("scale"), "linear"),
+        ("dropped samples", under("dropped"), "linear"),
         ("groups and rollouts", under("groups"), "linear"),
         ("seconds by phase", under("seconds"), "linear"),
     ]

@@ -1,6 +1,7 @@
 """Recipes: Python functions that return the settings of a run, found by name or file and called with words of a command line.
 
-Of two kinds: those that return a `RunConfig` are for `openkeye train`, a `PostTrainingConfig` for `openkeye rl`.
+Of three kinds: those that return a `RunConfig` are for `openkeye train`, a `PostTrainingConfig` for `openkeye rl`, and a
+`DistillRun` for `openkeye distill`.
 """
 
 import ast
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from openkeye.common.checks import InputError
 from openkeye.common.fields import parse_value, unknown, with_fields
+from openkeye.distill.config import DistillRun
 from openkeye.rl.run_config import PostTrainingConfig
 from openkeye.train.config import RunConfig
 
@@ -25,7 +27,7 @@ PACKAGE = "openkeye.recipes"
 FALLBACK = "recipe"
 # the function of a file that has none of the file's name
 Recipe = Callable[..., Any]
-Settings = TypeVar("Settings", RunConfig, PostTrainingConfig)
+Settings = TypeVar("Settings", RunConfig, PostTrainingConfig, DistillRun)
 
 
 def list_recipes(kind: type = RunConfig) -> list[tuple[str, str]]:

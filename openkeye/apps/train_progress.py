@@ -86,10 +86,11 @@ class TrainProgress:
 
 
 def figures_text(record: Record) -> str:
-    """Loss, reward, speed, share of the device's peak, memory and time left; what a record lacks is left out."""
+    """Loss, reward, divergence, speed, share of the device's peak, memory and time left; what a record lacks is left out."""
     shown: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("loss", lambda value: f"loss {value:.4g}"),
         ("reward/outcome", lambda value: f"outcome {value:.2f}"),
+        ("kl", lambda value: f"{value:.3g} nats from its teachers"),
         ("length", lambda value: f"{value:.0f} tokens a rollout"),
         ("indexer_recall", lambda value: f"recall {value:.2f}"),
         ("tokens_per_second", lambda value: f"{_short(value)} tokens/s"),

@@ -4,12 +4,13 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from string import Template
 from types import CodeType
 from typing import overload
 
 from openkeye.common.checks import InputError
-from openkeye.tasks.code import Case, Problem
+from openkeye.tasks.code import LANGUAGES, Case, CodeTask, Problem, read_problems
 from openkeye.tasks.code_families import FAMILIES, Family, Values
 
 NUM_TESTS = 10
@@ -90,3 +91,28 @@ def _function(source: str) -> Callable[[str], str]:
     space: dict[str, Callable[[str], str]] = {}
     exec(_compiled(source), space)
     return space["solve"]
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Which problems."""
+
+    path: str = ""
+    # JSON lines of problems (`code.read_problems`); empty: generated ones
+    seed: str = "train"
+    num_problems: int = 100_000
+    families: tuple[str, ...] = tuple(FAMILIES)
+    # of generated problems
+    languages: tuple[str, ...] = tuple(LANGUAGES)
+    # that an answer may be written in
+
+
+def open_code_task(options: CodeOptions) -> CodeTask:
+    """The judge over somebody's problems, or over generated ones.
+
+    Raises:
+        InputError: an unreadable file, an unknown family or language.
+    """
+    if options.path:
+        return CodeTask(read_problems(Path(options.path)), options.languages)
+    return CodeTask(GeneratedProblems(options.seed, options.num_problems, options.families), options.languages)

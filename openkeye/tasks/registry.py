@@ -19,9 +19,13 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "spatial": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "self_cognition": ("openkeye.tasks.self_cognition", "SelfCognitionTask", "SelfCognitionOptions"),
     "api_calls": ("openkeye.tasks.api_calls", "ApiCalls", "ApiCalls"),
+    "code": ("openkeye.tasks.code_problems", "open_code_task", "CodeOptions"),
+    "repositories": ("openkeye.tasks.repositories", "RepositoryTask", "RepositoryTask"),
+    "search_world": ("openkeye.tasks.search", "WorldSearchTask", "WorldSearchTask"),
+    "search_corpus": ("openkeye.tasks.search", "open_corpus_task", "CorpusOptions"),
     "json_lines": ("openkeye.tasks.json_lines", "JsonLinesTask", "JsonLinesOptions"),
 }
-# name: module, class, record of its options (a class may be its own); imported when it is opened
+# name: module, class or function that makes it, record of its options (a class may be its own); imported when it is opened
 TAKES_KIND = ("grounding", "counting", "ocr", "spatial")
 # several names of one class, which is told the name
 TAKES_PANEL = ("json_lines",)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openkeye.agents.search import Corpus, SearchEnvironment
+from openkeye.agents.search import Corpus, SearchEnvironment, read_pages
 from openkeye.agents.tool_environment import score_transcript
 from openkeye.common.checks import InputError
 from openkeye.tasks.search_world import Question, World
@@ -70,6 +70,33 @@ class CorpusSearchTask:
 
     async def score(self, example: Example, response: Response) -> Mapping[str, float]:
         return await _score(example, response)
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Somebody's own pages and questions."""
+
+    questions: str
+    # JSON lines (`read_questions`)
+    pages: str = ""
+    # JSON lines (`agents.search.read_pages`)
+    index: str = ""
+    # instead of pages: a file that `agents.search.write_index` made of them
+    max_turns: int = 16
+
+    def __post_init__(self) -> None:
+        if bool(self.pages) == bool(self.index):
+            raise InputError("search_corpus: give pages, JSON lines, or index, a file made of them")
+
+
+def open_corpus_task(options: CorpusOptions) -> CorpusSearchTask:
+    """The task over them.
+
+    Raises:
+        InputError: a file that cannot be read, or evidence that is not among the pages.
+    """
+    corpus = Corpus(path=Path(options.index)) if options.index else Corpus(read_pages(Path(options.pages)))
+    return CorpusSearchTask(read_questions(Path(options.questions), corpus), corpus, options.max_turns)
 
 
 def read_questions(path: Path, corpus: Corpus) -> tuple[Question, ...]:
