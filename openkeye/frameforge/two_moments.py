@@ -11,7 +11,7 @@ import numpy as np
 
 from openkeye.frameforge.catalogue import FIRST_NUMBER, SPRITES
 from openkeye.frameforge.questions import seen_spans
-from openkeye.frameforge.scene import Interval, Scene, Track
+from openkeye.frameforge.scene import Interval, Scene
 
 KINDS = ("longer", "later", "which_time_longer", "word_at_time", "same_word", "times_between")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -46,8 +46,8 @@ class _Kind:
     """How questions of one kind are made."""
 
     candidates: Callable[[Scene], Iterator[Terms]]
-    answer: Callable[[Scene, np.ndarray, Terms], str | None]
-    # None where there is no (clear) truth
+    answer: Callable[[Scene, np.ndarray, Terms, float], str | None]
+    # None where there is no truth, or none by that margin (seconds)
     moments: Callable[[Scene, Terms], tuple[Moment, ...]]
     text: Callable[[Scene, Terms, np.random.Generator], str]
 
@@ -60,11 +60,11 @@ def make_two_moment_question(
     maker = _MAKERS[kind]
     found: dict[str, list[tuple[Terms, tuple[Moment, ...]]]] = {}
     for terms in maker.candidates(scene):
-        answer = maker.answer(scene, frame_times, terms)
+        answer = maker.answer(scene, frame_times, terms, MIN_MARGIN_SECONDS)
         if answer is None:
             continue
         moments = maker.moments(scene, terms)
-        if all(maker.answer(without(scene, moment), frame_times, terms) != answer for moment in moments):
+        if all(maker.answer(without(scene, moment), frame_times, terms, 0.0) != answer for moment in moments):
             found.setdefault(answer, []).append((terms, moments))
     if not found:
         return None
@@ -100,11 +100,13 @@ def _seen_seconds(shown: Interval, frame_times: np.ndarray) -> float | None:
     return spans[0][1] - spans[0][0] if spans else None
 
 
-def _is_clear(first: Interval, second: Interval, frame_times: np.ndarray) -> bool | None:
-    """Whether the first lasts longer; None where it is close, for eyes that see frames or for the truth."""
+def _is_clear(first: Interval, second: Interval, frame_times: np.ndarray, margin: float) -> bool | None:
+    """Whether the first lasts longer; None where it does by less than a margin, in truth or for eyes that see frames."""
+    if not margin:
+        return first[1] - first[0] > second[1] - second[0]
     seen = [_seen_seconds(shown, frame_times) for shown in (first, second)]
     truth = (first[1] - first[0]) - (second[1] - second[0])
-    if seen[0] is None or seen[1] is None or min(abs(truth), abs(seen[0] - seen[1])) < MIN_MARGIN_SECONDS:
+    if seen[0] is None or seen[1] is None or min(abs(truth), abs(seen[0] - seen[1])) < margin:
         return None
     return truth > 0 if (seen[0] > seen[1]) == (truth > 0) else None
 
@@ -118,19 +120,19 @@ def _all_moments(scene: Scene, terms: Terms) -> tuple[Moment, ...]:
     return tuple((number, 0) for number in terms)
 
 
-def _longer(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _longer(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     first, second = (scene.tracks[number].intervals for number in terms)
-    is_first = _is_clear(first[0], second[0], frame_times) if first and second else None
+    is_first = _is_clear(first[0], second[0], frame_times, margin) if first and second else None
     return None if is_first is None else f"The {_name(scene, terms[0] if is_first else terms[1])}."
 
 
-def _later(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _later(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     spans = [seen_spans(scene.tracks[number].intervals[:1], frame_times) for number in terms]
     if not all(spans):
         return None
     # As somebody says it who has read both times, each rounded.
     seconds = round(round(spans[1][0][0], 1) - round(spans[0][0][0], 1), 1)
-    return f"{seconds:.1f} seconds." if seconds >= MIN_MARGIN_SECONDS else None
+    return f"{seconds:.1f} seconds." if seconds >= max(margin, 0.1) else None
 
 
 def _returns(scene: Scene) -> Iterator[Terms]:
@@ -149,12 +151,12 @@ def _asked_times(scene: Scene, terms: Terms) -> tuple[Moment, ...]:
     return tuple((number, time) for time in times)
 
 
-def _which_time_longer(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _which_time_longer(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     number, a, b = terms
     shown = scene.tracks[number].intervals
     if max(a, b) >= len(shown):
         return None
-    is_first = _is_clear(shown[a], shown[b], frame_times)
+    is_first = _is_clear(shown[a], shown[b], frame_times, margin)
     return None if is_first is None else f"The {ORDINALS[a if is_first else b]} time."
 
 
@@ -179,13 +181,13 @@ def _up_to_time(scene: Scene, terms: Terms) -> tuple[Moment, ...]:
     return tuple((terms[0], time) for time in range(terms[1] + 1))
 
 
-def _word_at_time(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _word_at_time(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     shown = scene.tracks[terms[0]].intervals
     word = word_beside(scene, shown[terms[1]]) if terms[1] < len(shown) else None
     return None if word is None else f"{SPRITES[word].capitalize()}."
 
 
-def _same_word(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _same_word(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     shown = scene.tracks[terms[0]].intervals
     if len(shown) < 2:
         return None
@@ -215,7 +217,7 @@ def _words_around(scene: Scene) -> Iterator[Terms]:
                     yield number, a, b
 
 
-def _times_between(scene: Scene, frame_times: np.ndarray, terms: Terms) -> str | None:
+def _times_between(scene: Scene, frame_times: np.ndarray, terms: Terms, margin: float) -> str | None:
     number, *around = terms
     words = [scene.tracks[word].intervals for word in around]
     if not all(words):

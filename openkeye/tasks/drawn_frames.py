@@ -102,7 +102,7 @@ class DrawnFrames(Frames):
         return f"DrawnFrames({self.source!r}, {len(self.times_seconds)} frames of {self.side} pixels)"
 
     @property
-    def pixels(self) -> np.ndarray:  # type: ignore[override]
+    def pixels(self) -> np.ndarray:
         """[N, side, side, 3] uint8; drawn the first time, then from `PICTURES` as long as it is there."""
         return PICTURES.get(self)
 

@@ -9,8 +9,8 @@ from openkeye.frameforge.scoring import score, temporal_iou
 from openkeye.inputs.intervals import SPAN, Interval, parse_intervals, parse_moment, widen_intervals
 from openkeye.tasks.task import Response
 
-MAX_CHARACTERS = 1 << 12
-# of an answer that are looked at; the longest true one has a tenth of it
+MAX_CHARACTERS = 384
+# of an answer's end that are looked at; the longest true one has half of it
 NUMBER = r"\d{1,6}\.\d"
 SPAN_FORM = rf"from {NUMBER} to {NUMBER}"
 FORMS = {
@@ -26,15 +26,15 @@ ROUNDING_SECONDS = 0.1
 
 
 def said_of(response: Response) -> str:
-    """What stands behind the reasoning and inside of answer tags, where there are any; reasoning without an end is no answer."""
-    text = response.text[-MAX_CHARACTERS:]
+    """What stands behind the reasoning and inside of answer tags, if any; reasoning without an end is no answer."""
+    text = response.text
     if "</think>" in text:
         text = text.rpartition("</think>")[2]
     elif "<think>" in text:
         return ""
     if "<answer>" in text:
         text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    return text.strip()
+    return text.strip()[-MAX_CHARACTERS:]
 
 
 def read_spans(text: str) -> list[Interval]:
