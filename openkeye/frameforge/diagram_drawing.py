@@ -12,12 +12,14 @@ INK = (30, 30, 40)
 SIGNS = {"lamp": "X", "switch": "/", "capacitor": "||", "battery": "+-"}
 
 Point = tuple[float, float]
+Colour = tuple[int, int, int]
 
 
 class Sheet:
     """A square paper of places from 0 to 1, as seen from somewhere."""
 
-    def __init__(self, side: int, ink: tuple[int, int, int], paper: tuple[int, int, int], view: tuple[float, float, float]) -> None:
+    def __init__(self, side: int, ink: Colour, paper: Colour, view: tuple[float, float, float]) -> None:
+        """view: scale around the middle, then shift to the right and down, as shares of the paper."""
         self.side = side * OVERSAMPLING
         self.ink, self.paper, self.view = ink, paper, view
         self.image = Image.new("RGB", (self.side, self.side), paper)
@@ -29,7 +31,7 @@ class Sheet:
         scale, x, y = self.view
         return ((0.5 + (place[0] - 0.5) * scale + x) * self.side, (0.5 + (place[1] - 0.5) * scale + y) * self.side)
 
-    def line(self, first: Place, second: Place, fill: tuple[int, int, int] | None = None, width: int | None = None) -> None:
+    def line(self, first: Place, second: Place, fill: Colour | None = None, width: int | None = None) -> None:
         """A straight line."""
         self.draw.line((*self.at(first), *self.at(second)), fill=fill or self.ink, width=width or self.width)
 
@@ -37,7 +39,8 @@ class Sheet:
         """A circle, its radius as a share of the paper."""
         x, y = self.at(centre)
         r = radius * self.view[0] * self.side
-        self.draw.ellipse((x - r, y - r, x + r, y + r), outline=self.ink, width=self.width, fill=self.ink if is_filled else None)
+        fill = self.ink if is_filled else None
+        self.draw.ellipse((x - r, y - r, x + r, y + r), outline=self.ink, width=self.width, fill=fill)
 
     def text(self, place: Place, text: str, height: float = 0.055, has_ground: bool = False) -> None:
         """Words around a place, on a ground of paper where lines run below."""

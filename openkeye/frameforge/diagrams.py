@@ -118,14 +118,14 @@ def make_diagram_pair(
 Edited = tuple[Diagram, str] | None
 
 
-def _any(rng: np.random.Generator, choices: list) -> object:
-    return choices[int(rng.integers(len(choices)))]
-
-
 def _with(diagram: Diagram, gone: Fact | None, come: Fact | None) -> Diagram:
     """One fact taken away, or put, or one in the place of another."""
-    facts = [come if fact is gone and come is not None else fact for fact in diagram.facts if fact is not gone or come is not None]
-    return replace(diagram, facts=tuple(facts) if gone is not None else (*facts, *([] if come is None else [come])))
+    if gone is None:
+        facts = diagram.facts
+        return diagram if come is None else replace(diagram, facts=(*facts, come))
+    place = next(number for number, fact in enumerate(diagram.facts) if fact is gone)
+    there = () if come is None else (come,)
+    return replace(diagram, facts=(*diagram.facts[:place], *there, *diagram.facts[place + 1 :]))
 
 
 def _touch(touched: set[str], *keys: str) -> bool:
@@ -246,7 +246,8 @@ def _chemistry(rng: np.random.Generator) -> Diagram:
         return Diagram("chemistry", facts, {})
     atoms = [f"C{n}" for n in range(1, int(rng.integers(5, 8)))]
     turns = 2 * np.pi * np.arange(len(atoms)) / len(atoms)
-    places = {name: (0.5 + 0.33 * float(np.cos(t)), 0.5 + 0.33 * float(np.sin(t))) for name, t in zip(atoms, turns, strict=True)}
+    spots = zip(atoms, turns.tolist(), strict=True)
+    places = {name: (0.5 + 0.33 * float(np.cos(turn)), 0.5 + 0.33 * float(np.sin(turn))) for name, turn in spots}
     ring = [(atoms[n], atoms[(n + 1) % len(atoms)]) for n in range(len(atoms) - int(rng.integers(2)))]
     bonds = tuple(Fact("bond", pair, (), BONDS[int(rng.integers(2))]) for pair in ring)
     return Diagram("chemistry", bonds, places)
@@ -266,6 +267,8 @@ def _edit_chemistry(rng: np.random.Generator, diagram: Diagram, touched: set[str
     if kind == 0:
         bonded = {frozenset(other.names) for other in diagram.facts}
         pairs = [pair for pair in _pairs(sorted(diagram.places)) if frozenset(pair) not in bonded]
+        if not pairs:
+            return None
         return _put(diagram, touched, Fact("bond", pairs[int(rng.integers(len(pairs)))], (), BONDS[int(rng.integers(2))]))
     if kind == 1:
         return _removed(rng, diagram, touched, ("bond",), 3)
