@@ -122,7 +122,8 @@ def _coordinates(diagram: Diagram, sheet: Sheet) -> None:
             sheet.text(on_paper((step - 0.3, -0.35)), str(step), 0.032)
     for fact in diagram.facts:
         if fact.kind == "segment":
-            sheet.line(*(on_paper(diagram.places[name]) for name in fact.names))
+            first, second = (on_paper(diagram.places[name]) for name in fact.names)
+            sheet.line(first, second)
     for fact in diagram.facts:
         if fact.kind == "point":
             x, y = fact.numbers
@@ -151,7 +152,8 @@ def _chemistry(diagram: Diagram, sheet: Sheet) -> None:
 
 def _circuits(diagram: Diagram, sheet: Sheet) -> None:
     for fact in diagram.facts:
-        _part(fact, *(diagram.places[name] for name in fact.names), sheet)
+        first, second = (diagram.places[name] for name in fact.names)
+        _part(fact, first, second, sheet)
     for name, (x, y) in diagram.places.items():
         sheet.ring((x, y), 0.012, is_filled=True)
         sheet.text((x - 0.045, y - 0.045), name, 0.04)

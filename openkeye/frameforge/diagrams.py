@@ -95,7 +95,8 @@ def make_diagram_pair(
     is_negative = rng.random() < negative_share
     least = 1 if is_negative and max_disturbances else 0
     names = rng.permutation(DISTURBANCES).tolist()[: int(rng.integers(least, max_disturbances + 1))]
-    second, operations = first, []
+    second = first
+    operations: list[str] = []
     touched: set[str] = set()
     wanted = 0 if is_negative else int(rng.integers(1, max_edits + 1))
     for _ in range(MAX_TRIES):

@@ -3,6 +3,7 @@
 Letters: T tracks. Places are shares of the picture; boxes are thousandths of its sides, of the thing without its dark rim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor
 
@@ -154,10 +155,10 @@ def make_pair(rng: np.random.Generator, settings: PairSettings = PairSettings())
     return PicturePair((first, second), views, gains, edits, tuple(sorted(names)))
 
 
-def thing_boxes(scene: Scene, view: View = View()) -> list[Box]:
-    """Box of each track in thousandths of a square picture, measured in a drawing of it alone; outwards."""
-    times = np.arange(len(scene.tracks), dtype=float)
-    alone = [replace(t, intervals=((n, n + 1.0),)) for n, t in zip(times.tolist(), scene.tracks, strict=True)]
+def thing_boxes(tracks: Sequence[Track], view: View = View()) -> list[Box]:
+    """Box of each thing in thousandths of a square picture, measured in a drawing of it alone; outwards."""
+    times = np.arange(len(tracks), dtype=float)
+    alone = [replace(t, intervals=((n, n + 1.0),)) for n, t in zip(times.tolist(), tracks, strict=True)]
     # (the dark rim has the background's colour here, and so belongs to no box)
     dark = (OUTLINE, OUTLINE, OUTLINE)
     still = Scene(0.0, len(alone), tuple(alone), Background("plain", dark, dark, 0.0))
@@ -257,19 +258,21 @@ def _described(
     changed: list[Track | None],
     planned: list[tuple[str, int | None]],
 ) -> tuple[Edit, ...]:
-    boxes = [thing_boxes(scene, view) for scene, view in zip(scenes, views, strict=True)]
     kept = [number for number, track in enumerate(changed) if track is not None]
-    edits = []
+    found: list[tuple[str, int | None, int | None]] = []
     next_added = len(kept)
     for kind, before in planned:
-        after: int | None
         if before is None:
-            after, next_added = next_added, next_added + 1
+            found.append((kind, None, next_added))
+            next_added += 1
         else:
-            after = None if changed[before] is None else kept.index(before)
-        side = 0 if after is None else 1
-        number = before if after is None else after
+            found.append((kind, before, None if changed[before] is None else kept.index(before)))
+    edits = []
+    for kind, before, after in found:
+        named = scenes[1].tracks[after] if before is None and after is not None else scenes[0].tracks[before or 0]
+        # Of what is gone, the box is where it was.
+        side, number = (0, before) if after is None else (1, after)
         assert number is not None
-        name = thing_name(scenes[1 if before is None else 0].tracks[number if before is None else before])
-        edits.append(Edit(kind, before, after, f"{kind} the {name}", boxes[side][number]))
+        (box,) = thing_boxes([scenes[side].tracks[number]], views[side])
+        edits.append(Edit(kind, before, after, f"{kind} the {thing_name(named)}", box))
     return tuple(edits)
