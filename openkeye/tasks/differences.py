@@ -14,6 +14,7 @@ from openkeye.common.checks import InputError
 from openkeye.frameforge.diagram_drawing import draw_pair
 from openkeye.frameforge.diagrams import DOMAINS, make_diagram_pair
 from openkeye.frameforge.differences import PairSettings, make_pair
+from openkeye.tasks.rewards.differences import DifferencePerceptionReward, DifferenceStructureReward
 from openkeye.tasks.task import Example, Response
 
 SPACES = {"train": 28, "test": 29}
@@ -129,3 +130,15 @@ class DifferenceTask:
             "num_events": len(pair.operations),
         }
         return draw_pair(pair, options.side), STRUCTURE_QUESTION, facts
+
+
+def open_difference_task(kind: str, options: DifferenceOptions) -> DifferenceTask:
+    """One of KINDS with the report's reward (5.2).
+
+    Raises:
+        InputError: another kind.
+    """
+    rewards = {"difference_perception": DifferencePerceptionReward, "difference_structure": DifferenceStructureReward}
+    if kind not in rewards:
+        raise InputError(f"kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
+    return DifferenceTask(kind, rewards[kind](), options)

@@ -6,7 +6,8 @@ from typing import Any
 
 from openkeye.frameforge.questions import Question
 from openkeye.frameforge.scoring import score, temporal_iou
-from openkeye.inputs.intervals import SPAN, Interval, parse_intervals, parse_moment, widen_intervals
+from openkeye.inputs.intervals import Interval, parse_intervals, parse_moment, read_intervals, widen_intervals
+from openkeye.tasks.rewards.reading import answer_text
 from openkeye.tasks.task import Response
 
 MAX_CHARACTERS = 384
@@ -25,24 +26,6 @@ ROUNDING_SECONDS = 0.1
 # of a difference of two stated times
 
 
-def said_of(response: Response) -> str:
-    """What stands behind the reasoning and inside of answer tags, if any; reasoning without an end is no answer."""
-    text = response.text
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
-        return ""
-    if "<answer>" in text:
-        text = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    return text.strip()[-MAX_CHARACTERS:]
-
-
-def read_spans(text: str) -> list[Interval]:
-    """The spans of an answer; none where any of them ends before it begins: such an answer is no answer."""
-    spans = parse_intervals(text)
-    return spans if len(spans) == len(SPAN.findall(text)) else []
-
-
 def seen_truth(answer: str, frame_spacing_seconds: float, duration_seconds: float) -> list[Interval]:
     """What frames can tell of the true seconds: the reference answer's ends, each out by half of the sampling step."""
     return widen_intervals(parse_intervals(answer), frame_spacing_seconds, 0.0, duration_seconds)
@@ -56,11 +39,11 @@ def answer_rewards(facts: Mapping[str, Any], response: Response, format_weight: 
     differences of times within one sampling step (`frameforge.scoring`). "format": 1 for an answer that ended of itself and is
     worded as its kind is. "total" adds the format with its weight.
     """
-    said = said_of(response)
+    said = answer_text(response)[-MAX_CHARACTERS:]
     spacing, duration = float(facts["frame_spacing_seconds"]), float(facts["duration_seconds"])
     rewards: dict[str, float] = {}
     if facts["task"] == "timestamp_localisation":
-        predicted = widen_intervals(read_spans(said), spacing, 0.0, duration)
+        predicted = widen_intervals(read_intervals(said) or [], spacing, 0.0, duration)
         outcome = rewards["temporal_iou"] = temporal_iou(predicted, seen_truth(facts["answer"], spacing, duration))
         rewards["temporal_iou_continuous"] = temporal_iou(predicted, [tuple(shown) for shown in facts["intervals"]])
     else:
@@ -83,4 +66,6 @@ def _exact(facts: Mapping[str, Any], said: str, spacing: float, duration: float)
         tuple((float(first), float(last)) for first, last in facts["intervals"]),
         facts["moment_seconds"],
     )
-    return score(question, said, widen_intervals(read_spans(said), spacing, 0.0, duration), parse_moment(said), spacing)
+    return score(
+        question, said, widen_intervals(read_intervals(said) or [], spacing, 0.0, duration), parse_moment(said), spacing
+    )

@@ -17,6 +17,20 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "counting": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "ocr": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "spatial": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
+    **{
+        f"frameforge_{kind}": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions")
+        for kind in (
+            "timestamp_localisation",
+            "counting",
+            "before_after",
+            "co_occurrence",
+            "reading",
+            "motion",
+            "two_moments",
+        )
+    },
+    "difference_perception": ("openkeye.tasks.differences", "open_difference_task", "DifferenceOptions"),
+    "difference_structure": ("openkeye.tasks.differences", "open_difference_task", "DifferenceOptions"),
     "self_cognition": ("openkeye.tasks.self_cognition", "SelfCognitionTask", "SelfCognitionOptions"),
     "api_calls": ("openkeye.tasks.api_calls", "ApiCalls", "ApiCalls"),
     "code": ("openkeye.tasks.code_problems", "open_code_task", "CodeOptions"),
@@ -26,8 +40,8 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "json_lines": ("openkeye.tasks.json_lines", "JsonLinesTask", "JsonLinesOptions"),
 }
 # name: module, class or function that makes it, record of its options (a class may be its own); imported when it is opened
-TAKES_KIND = ("grounding", "counting", "ocr", "spatial")
-# several names of one class, which is told the name
+TAKES_KIND = ("openkeye.tasks.pictures", "openkeye.tasks.frameforge", "openkeye.tasks.differences")
+# modules whose class has several names, and is told which
 TAKES_PANEL = ("json_lines",)
 
 
@@ -48,7 +62,7 @@ def open_task(name: str, options: Mapping[str, Any] | None = None, panel: Panel 
     if class_name == record_name:
         return settings
     make: Callable[..., Task] = getattr(module, class_name)
-    if name in TAKES_KIND:
+    if module_name in TAKES_KIND:
         return make(name, settings)
     return make(settings, panel) if name in TAKES_PANEL else make(settings)
 
