@@ -138,7 +138,5 @@ def open_difference_task(kind: str, options: DifferenceOptions) -> DifferenceTas
     Raises:
         InputError: another kind.
     """
-    rewards = {"difference_perception": DifferencePerceptionReward, "difference_structure": DifferenceStructureReward}
-    if kind not in rewards:
-        raise InputError(f"kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
-    return DifferenceTask(kind, rewards[kind](), options)
+    reward = DifferencePerceptionReward() if kind == "difference_perception" else DifferenceStructureReward()
+    return DifferenceTask(kind, reward, options)
