@@ -97,9 +97,15 @@ class StepShape:
         return self.num_groups * (self.prompt_tokens - 1 + self.group_size * (self.response_tokens + 1))
 
     @property
+    def pack_tokens(self) -> int:
+        """Of the largest pack: as many whole groups as find room, or a part of one."""
+        group = self.update_tokens // self.num_groups
+        return min(self.tokens_per_pack // group, self.num_groups) * group or self.tokens_per_pack
+
+    @property
     def num_packs(self) -> int:
-        """At the least."""
-        return -(-self.update_tokens // self.tokens_per_pack)
+        """Where every response has its full length."""
+        return -(-self.update_tokens // self.pack_tokens)
 
 
 class Counts:
@@ -191,22 +197,26 @@ class Counts:
         }
 
     def learner_memory(self, by_layer: bool) -> dict[str, int]:
-        """Bytes by part, on the learner's device. by_layer: units of FSDP2 are layers, and not everything at once."""
+        """Bytes by part, on the learner's device. by_layer: units of FSDP2 are layers, and not everything at once.
+
+        A unit on its way is its weights in bf16, twice where the next one is gathered beside it, its gradients in bf16, and
+        both sides of their sum in fp32.
+        """
         shape, config = self.shape, self.shape.config
         layer = self.layers // config.num_hidden_layers
-        gathered = self.rest + 2 * layer if by_layer else self.total
-        per_token = config.hidden_size * 2 * 12 + config.num_attention_heads * config.head_dim * 2 * 6
-        per_token += config.num_experts_per_tok * 2 * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
-        per_token += SELECTION_BYTES * min(config.indexer.top_k, shape.prompt_tokens + shape.response_tokens)
-        activations = shape.tokens_per_pack * config.num_hidden_layers * per_token * shape.element_bytes // 2
+        on_the_way = max(4 * self.rest + 14 * layer, 12 * self.rest) if by_layer else 12 * self.total
+        per_token = config.hidden_size * 12 + config.num_attention_heads * config.head_dim * 6
+        per_token += config.num_experts_per_tok * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
+        selection = SELECTION_BYTES * min(config.indexer.top_k, shape.prompt_tokens + shape.response_tokens)
+        activations = shape.pack_tokens * config.num_hidden_layers * (per_token * shape.element_bytes + selection)
         # Deltas are found tensor by tensor, the largest by far being one layer's experts; places are int64 at first.
         publication = self.whole_bytes() + layer * 13
         return {
             "learner: masters in fp32": 4 * self.total,
             "learner: moments in fp32": 8 * self.total,
-            "learner: gradients in fp32": 4 * self.total,
-            "learner: gathered weights and gradients on their way": 10 * gathered,
-            "learner: activations of a pack, or a copy to publish": max(activations, publication - 10 * gathered, 0),
+            "learner: gradients in fp32, or weights to publish": max(4 * self.total, publication),
+            "learner: weights and gradients of units on their way": on_the_way,
+            "learner: activations of a pack": activations,
         }
 
 
@@ -218,10 +228,8 @@ def check_memory(parts: dict[str, int], free_bytes: int, place: str, mend: str) 
     """
     total = sum(parts.values()) + CONTEXT_BYTES
     lines = [f"| {name} | {size / GB:.2f} |" for name, size in parts.items()]
-    lines += [
-        f"| context, graphs, fragments | {CONTEXT_BYTES / GB:.2f} |",
-        f"| all, of {free_bytes / GB:.1f} free on {place} | {total / GB:.2f} |",
-    ]
+    last = f"all, of {free_bytes / GB:.1f} free on {place}"
+    lines += [f"| context, graphs, fragments | {CONTEXT_BYTES / GB:.2f} |", f"| {last} | {total / GB:.2f} |"]
     if total > free_bytes:
         raise InputError(f"{place}: the step needs {total / GB:.1f} GB and {free_bytes / GB:.1f} are free; {mend}")
     return lines

@@ -3,10 +3,10 @@
     python -m benchmarks.rl_step [--layers 4] [--groups 16] [--group-size 8] [--prompt 2048] [--response 512] [--device cuda:0]
                                  [--learner-device cuda:1] [--only PHASE ...] [--folder DIR] [--append] [--tiny]
 
-As many layers of the 30B shape as are asked for, with random weights, which an engine and a learner load from one checkpoint: on
-one GPU, or on one each. The memory is counted before anything starts. A whole round goes first and is thrown away; the second is
-told, beside what its operations and bytes take at least. After every publication the engine's weights are compared with the
-learner's, bit by bit. Published figures of others stand below, and were not measured here.
+Layers of the 30B shape with random weights, which an engine and a learner load from one checkpoint: on one GPU, or on one each.
+The memory is counted before anything starts. A whole round goes first and is thrown away; the second is told, beside what its
+operations and bytes take at least. After every publication the engine's weights are compared with the learner's, bit by bit.
+Figures that others published stand below, and were not measured here.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from benchmarks.measure import Disagreement, figure
 from benchmarks.random_model import shape_30b, shape_tiny, text_prompt, topical_ids, write_random_model
 from benchmarks.rehearsal import header
 from benchmarks.rl_plan import GB, Counts, Machine, StepShape, Work, check_memory
+from benchmarks.rl_published import published_table
+from benchmarks.rl_samples import ALGORITHM, samples_of
 from openkeye.common.checks import InputError
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
@@ -35,40 +37,16 @@ from openkeye.engine.scorer import Scorer
 from openkeye.engine.update_file import write_update
 from openkeye.engine.weight_update import Change, WeightUpdate, changes_between
 from openkeye.inputs.prompt import Prompt
-from openkeye.rl.advantage import streams_of
-from openkeye.rl.config import AlgorithmConfig, LearnerConfig
+from openkeye.rl.config import LearnerConfig
 from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample
 from openkeye.rl.policy_engine import PolicyEngine, SampledTurn
-from openkeye.rl.rollout import Rollout, RolloutId
-from openkeye.rl.rollout_document import rollout_document
+from openkeye.rl.rollout import RolloutId
 from openkeye.train.shard import GATHERED_PARAMETERS
 
 PHASES = ("rollout", "score", "agreement", "update", "publish")
 RESULTS = Path(__file__).parent / "results.md"
-ALGORITHM = AlgorithmConfig("gspo", correction="none")
 TASK = "random"
-PUBLISHED = """\
-Published by others, on other machines and settings; not measured here:
-
-| system | what | figure | source |
-|---|---|---|---|
-| NeMo-RL 0.6 | GRPO of Qwen3-30B-A3B, 32 H100, 4K, 2,048 rollouts, on-policy / 1 step off / 8 off (192 GPUs) | 192 / 152 / 34.5 s a step; \
-1,102 / 1,414 / 1,025 tokens/s a GPU | its performance summary |
-| verl | Qwen3.5-35B-A3B, 4 nodes, responses of 32K, synchronous / colocated async / separate async | 12,053 / 18,852 / 18,829 \
-tokens/s in all | its documentation of asynchronous training |
-| verl | GRPO of Qwen3-30B-A3B, responses of 8K, 128 H20, synchronous / fully asynchronous | 498 / 283 s a step | the same |
-| verl | actor of Qwen3-30B-A3B on Megatron, 8 / 16 / 32 GPUs | 40 / 37 / 31% of peak | `docs/perf/dpsk.md` |
-| prime-rl | RL of Qwen3-30B-A3B, all weights / LoRA of rank 16, 8 H100, 16K | 764 / 4,140 tokens/s a GPU, 2.9 / 15.3% of peak | \
-`benchmarks/results/BENCHMARKS.md` |
-| NeMo Automodel | SFT of Qwen3-MoE-30B, 8 H100, 4K, forced balance | 12,040 tokens/s a GPU, 28% of peak | \
-`docs/performance-summary.mdx` |
-| verl | weights of Qwen3-30B-A3B to engines, 16 + 16 ranks, plain / checkpoint engine | 15.8 / 4.4 s | its documentation of the \
-checkpoint engine |
-| verl | the same for a whole broadcast / sharded deltas | 32 to 43 / 7.1 to 8.1 s | the same |
-| slime | weights of GLM-4.5 355B | 48 s | its documentation |
-"""
-
 Result = TypeVar("Result")
 
 
@@ -208,7 +186,8 @@ class Step:
         seconds, (record,) = self._timed(lambda: self.learner.update(self.samples))
         if not is_told:
             return []
-        note = f"{self.shape.update_tokens:,} tokens in {self.shape.num_packs} packs or more; gradient norm {record['gradient_norm']:.2g}"
+        note = f"{self.shape.update_tokens:,} tokens in about {self.shape.num_packs} packs; "
+        note += f"gradient norm {record['gradient_norm']:.2g}"
         if "route_disagreement" in record:
             note += (
                 f"; experts elsewhere: {record['route_disagreement']:.2%} of picks, {record['route_disagreement_tokens']:.1%} "
@@ -277,33 +256,13 @@ class Step:
         self._must_hold_the_same()
 
     def _samples(self, number: int) -> list[LearnerSample]:
-        """What is learnt: rewards are drawn."""
-        shape, samples = self.shape, []
-        generator = np.random.default_rng(number)
-        for group, prompt in enumerate(self.prompts):
-            turns = self.turns[group * shape.group_size : (group + 1) * shape.group_size]
-            rewards = generator.permutation(np.arange(len(turns)) % 2).tolist()
-            rollouts = [
-                Rollout(
-                    RolloutId(TASK, group, number, member),
-                    prompt.model_input.input_ids.numpy().astype(np.int32),
-                    turn.ids,
-                    np.ones(len(turn.ids), dtype=bool),
-                    turn.logprobs,
-                    turn.versions,
-                    turn.routes,
-                    turn.finish_reason,
-                    {"outcome": float(reward)},
-                )
-                for member, (turn, reward) in enumerate(zip(turns, rewards, strict=True))
-            ]
-            streams = streams_of(rollouts, ALGORITHM)
-            assert streams is not None, "half of a group is rewarded"
-            samples += [
-                LearnerSample(rollout_document(prompt, rollout), rollout, own)
-                for rollout, own in zip(rollouts, streams, strict=True)
-            ]
-        return samples
+        size = self.shape.group_size
+        groups = [self.turns[start : start + size] for start in range(0, len(self.turns), size)]
+        return [
+            sample
+            for group, (prompt, turns) in enumerate(zip(self.prompts, groups, strict=True))
+            for sample in samples_of(prompt, turns, RolloutId(TASK, group, number, 0))
+        ]
 
     def _timed(self, work: Callable[[], Result]) -> tuple[float, Result]:
         self._synchronize()
@@ -396,8 +355,10 @@ def measure(options: argparse.Namespace) -> list[str]:
     )
     machine = Machine()
     where = header() if device.type == "cuda" else "CPU, float32"
-    title = f"### A step of reinforcement learning, {options.layers} layers of {'a tiny shape' if options.tiny else 'the 30B shape'}"
-    batch = f"{shape.num_groups} groups of {shape.group_size}, prompts of {shape.prompt_tokens:,} and responses of {shape.response_tokens:,} tokens."
+    size = "a tiny shape" if options.tiny else "the 30B shape"
+    title = f"### A step of reinforcement learning, {options.layers} layers of {size}"
+    batch = f"{shape.num_groups} groups of {shape.group_size}, prompts of {shape.prompt_tokens:,} and responses of "
+    batch += f"{shape.response_tokens:,} tokens."
     lines = [title, "", f"{where}. {batch}", "", *count_memory(shape, devices), ""]
     print("\n".join(lines), flush=True)
     parent = Path(options.folder) if options.folder else Path("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -413,7 +374,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     if device.type == "cuda":
         peaks = (f"{torch.cuda.max_memory_allocated(one) / GB:.1f} GB on {one}" for one in sorted(set(devices), key=str))
         told += [f"Most memory at a time: {', '.join(peaks)}.", ""]
-    told.append(PUBLISHED)
+    told += published_table()
     print("\n".join(told), flush=True)
     return lines + told
 
@@ -436,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a shape for a CPU")
     options = parser.parse_args(arguments)
     sizes = {"layers": (4, 2), "groups": (16, 2), "group_size": (8, 2), "prompt": (2048, 40), "response": (512, 8)}
-    for name, (full, tiny) in {**sizes, "pack": (16384, 128)}.items():
+    for name, (full, tiny) in {**sizes, "pack": (8192, 128)}.items():
         if getattr(options, name) is None:
             setattr(options, name, tiny if options.tiny else full)
     try:

@@ -103,8 +103,8 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
 
     Units, over several ranks or of a large network: every decoder layer, every indexer, and the rest. The vision tower belongs
     to the rest, gathered once a pass: pictures of different sizes go through its layers in calls of their own, so that ranks
-    would gather differently often, and wait for ever. An indexer stays gathered until its gradients are there, because in a warm-up nothing else of its
-    layer has any and nobody would gather it again.
+    would gather differently often, and wait for ever. An indexer stays gathered until its gradients are there, because in a
+    warm-up nothing else of its layer has any and nobody would gather it again.
 
     Gradients are summed over ranks and never averaged: the loss is divided by the count of all ranks' tokens.
     """
