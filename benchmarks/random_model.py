@@ -135,7 +135,10 @@ class Unions:
 
 
 def write_random_model(folder: Path, config: KeyeConfig, device: str, dtype: torch.dtype) -> None:
-    """A text model with random weights as a checkpoint, with the bundled model's tokenizer, which knows of fewer tokens."""
+    """A text model with random weights as a checkpoint, with the bundled model's tokenizer, which knows of fewer tokens.
+
+    No token ends an answer, so that all are as long as they may be.
+    """
     bundled = resolve_model_dir("openkeye-tiny")
     tokenizer = Processor.load(bundled)
     ids = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
@@ -143,3 +146,4 @@ def write_random_model(folder: Path, config: KeyeConfig, device: str, dtype: tor
     save_model(random_model(config, device, dtype, False, 0.0), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy2(bundled / name, folder / name)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}\n')
