@@ -3,13 +3,16 @@
 Letters in comments: N parameters, R those outside of the layers (embeddings and head), L those of one layer.
 """
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from openkeye.common.checks import InputError
 from openkeye.model.config import KeyeConfig
 from openkeye.model.keye import KeyeModel
+from openkeye.train.shard import GATHERED_PARAMETERS
 
 GB = 1e9
 CONTEXT_BYTES = 3 * 10**9
@@ -233,3 +236,33 @@ def check_memory(parts: dict[str, int], free_bytes: int, place: str, mend: str) 
     if total > free_bytes:
         raise InputError(f"{place}: the step needs {total / GB:.1f} GB and {free_bytes / GB:.1f} are free; {mend}")
     return lines
+
+
+def count_memory(shape: StepShape, devices: tuple[torch.device, torch.device]) -> list[str]:
+    """Lines of the plan.
+
+    Raises:
+        InputError: it does not fit the GPUs, or the folder's disk.
+    """
+    counts = Counts(shape)
+    engine = counts.engine_memory()
+    learner = counts.learner_memory(counts.total > GATHERED_PARAMETERS)
+    lines = ["| memory by part | GB |", "|---|---|"]
+    if devices[0].type != "cuda":
+        return lines + [f"| {name} | {size / GB:.3g} |" for name, size in {**engine, **learner}.items()]
+    shared = (
+        [(devices[0], {**engine, **learner})]
+        if devices[0] == devices[1]
+        else list(zip(devices, (engine, learner), strict=True))
+    )
+    mend = "give fewer --layers, a smaller --pack, or --learner-device another GPU"
+    for device, parts in shared:
+        lines += check_memory(parts, torch.cuda.mem_get_info(device)[0], str(device), mend)
+    return lines
+
+
+def check_disk(folder: Path, counts: Counts) -> None:
+    """Raises InputError where the checkpoint and two publications find no room."""
+    needed, free = 3 * counts.whole_bytes(), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder}: {needed / GB:.1f} GB are needed and {free / GB:.1f} are free; name another --folder")

@@ -12,7 +12,6 @@ Figures that others published stand below, and were not measured here.
 import argparse
 import asyncio
 import dataclasses
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 from benchmarks.measure import Disagreement, figure
 from benchmarks.random_model import shape_30b, shape_tiny, text_prompt, topical_ids, write_random_model
 from benchmarks.rehearsal import header
-from benchmarks.rl_plan import GB, Counts, Machine, StepShape, Work, check_memory
+from benchmarks.rl_plan import GB, Counts, Machine, StepShape, Work, check_disk, count_memory
 from benchmarks.rl_published import published_table
 from benchmarks.rl_samples import ALGORITHM, samples_of
 from openkeye.common.checks import InputError
@@ -42,7 +41,6 @@ from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample
 from openkeye.rl.policy_engine import PolicyEngine, SampledTurn
 from openkeye.rl.rollout import RolloutId
-from openkeye.train.shard import GATHERED_PARAMETERS
 
 PHASES = ("rollout", "score", "agreement", "update", "publish")
 RESULTS = Path(__file__).parent / "results.md"
@@ -302,36 +300,6 @@ def opened_step(shape: StepShape, devices: tuple[torch.device, torch.device], fo
     )
     with opened_learner(learner_config, ALGORITHM, learner_device) as learner:
         yield Step(shape, engine, learner, folder / "updates")
-
-
-def count_memory(shape: StepShape, devices: tuple[torch.device, torch.device]) -> list[str]:
-    """Lines of the plan.
-
-    Raises:
-        InputError: it does not fit the GPUs, or the folder's disk.
-    """
-    counts = Counts(shape)
-    engine = counts.engine_memory()
-    learner = counts.learner_memory(counts.total > GATHERED_PARAMETERS)
-    lines = ["| memory by part | GB |", "|---|---|"]
-    if devices[0].type != "cuda":
-        return lines + [f"| {name} | {size / GB:.3g} |" for name, size in {**engine, **learner}.items()]
-    shared = (
-        [(devices[0], {**engine, **learner})]
-        if devices[0] == devices[1]
-        else list(zip(devices, (engine, learner), strict=True))
-    )
-    mend = "give fewer --layers, a smaller --pack, or --learner-device another GPU"
-    for device, parts in shared:
-        lines += check_memory(parts, torch.cuda.mem_get_info(device)[0], str(device), mend)
-    return lines
-
-
-def check_disk(folder: Path, counts: Counts) -> None:
-    """Raises InputError where the checkpoint and two publications find no room."""
-    needed, free = 3 * counts.whole_bytes(), shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(f"{folder}: {needed / GB:.1f} GB are needed and {free / GB:.1f} are free; name another --folder")
 
 
 def measure(options: argparse.Namespace) -> list[str]:
