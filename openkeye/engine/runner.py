@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from openkeye.common.device import upload
 from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
 from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
@@ -90,7 +91,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows_N: Tensor) -> Tensor:
         """[N, V] of some rows (int64, on the host) of what `run_hidden` returned last."""
-        return self.model.logits(hidden_TD[rows_N.to(self.device)])
+        return self.model.logits(hidden_TD[upload(rows_N, self.device)])
 
     def replay(self, rows: list[StepRow]) -> Tensor:
         """[B, V] of a step of answers under way, from a captured graph."""

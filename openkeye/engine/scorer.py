@@ -9,7 +9,7 @@ Letters: T output tokens, K chosen tokens a row, k likeliest tokens a row, N row
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openkeye.common.checks import InputError
+from openkeye.common.device import upload
 from openkeye.engine.batch import Batch, Segment
 from openkeye.engine.batch_thread import BatchThread
 from openkeye.engine.config import SamplingParameters
@@ -65,6 +66,16 @@ class _Job:
     # filled row by row, again where pages were taken away
     model: str = ""
     # whose weights finished it
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Some rows of a job's result, on the device still."""
+
+    job: _Job
+    rows: slice
+    table: Tensor
+    # [N, 1 + K + 2 k] float32: logarithms of the output, of chosen and of the likeliest tokens, and the bits of their int32 ids
 
 
 @dataclass
@@ -179,48 +190,64 @@ class Scorer:
     def _run_batch(self, batch: Batch) -> list[Request]:
         runner, scheduler = self.engine.runner, self.engine.scheduler
         hidden_TD = runner.run_hidden(batch)
-        finished, first = [], 0
+        finished, judged, first = [], [], 0
         for segment in batch.segments:
             segment.request.num_computed += segment.count
             scheduler.keep_full_pages(segment.request, segment.start)
-            self._score_segment(segment, hidden_TD, first)
+            judged += self._judge_segment(segment, hidden_TD, first)
             first += segment.count
             if not segment.request.num_missing:
                 self._jobs[segment.request].model = self.model
                 finished.append(segment.request)
+        _keep(judged)
         for request in finished:
             scheduler.remove(request)
         return finished
 
     @torch.inference_mode()
-    def _score_segment(self, segment: Segment, hidden_TD: Tensor, first: int) -> None:
+    def _judge_segment(self, segment: Segment, hidden_TD: Tensor, first: int) -> list[_Judged]:
         """Of the tokens that this segment's rows, from `first` on, judge: the prompt's last token judges the output's first."""
         before = segment.request.num_prompt - 1
+        job, judged = self._jobs[segment.request], []
         for start in range(max(segment.start, before), segment.end, self.slab_rows):
             stop = min(start + self.slab_rows, segment.end)
             rows_N = torch.arange(start, stop) - segment.start + first
             logits_NV = self.engine.runner.logits(hidden_TD, rows_N)
-            _fill(self._jobs[segment.request], slice(start - before, stop - before), logits_NV.float())
+            rows = slice(start - before, stop - before)
+            judged.append(_Judged(job, rows, _judge(job, rows, logits_NV.float())))
+        return judged
 
 
-def _fill(job: _Job, rows: slice, logits_NV: Tensor) -> None:
-    """Some rows of a result."""
-    scored = job.scored
+def _judge(job: _Job, rows: slice, logits_NV: Tensor) -> Tensor:
+    """See `_Judged.table`. Nothing here waits for the device."""
     sums_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-
-    def logprobs_of(ids: np.ndarray) -> Tensor:
-        return logits_NV.gather(1, torch.from_numpy(ids).to(logits_NV.device)) - sums_N1
-
-    scored.logprobs[rows] = logprobs_of(job.output_T[rows, None])[:, 0].cpu().numpy()
+    ids = job.output_T[rows, None]
     if job.chosen_TK is not None:
-        assert scored.chosen is not None
-        chosen = job.chosen_TK[rows]
-        of_chosen = logprobs_of(chosen.clip(min=0)).cpu().numpy()
-        scored.chosen[rows] = np.where(chosen == UNUSED, -np.inf, of_chosen)
+        ids = np.concatenate([ids, job.chosen_TK[rows].clip(min=0)], axis=1)
+    parts = [logits_NV.gather(1, upload(torch.from_numpy(ids), logits_NV.device)) - sums_N1]
     if job.top_k:
-        values, ids = logits_NV.topk(job.top_k, dim=-1)
-        scored.top_ids[rows] = ids.cpu().numpy()
-        scored.top_logprobs[rows] = (values - sums_N1).cpu().numpy()
+        values, top_ids = logits_NV.topk(job.top_k, dim=-1)
+        parts += [values - sums_N1, top_ids.int().view(torch.float32)]
+    return torch.cat(parts, dim=1)
+
+
+def _keep(judged: Sequence[_Judged]) -> None:
+    """Write all rows of a batch into their results, in one read from the device."""
+    if not judged:
+        return
+    flat = torch.cat([one.table.flatten() for one in judged]).cpu().numpy()
+    start = 0
+    for one in judged:
+        scored, chosen_TK, top_k = one.job.scored, one.job.chosen_TK, one.job.top_k
+        table, start = flat[start : start + one.table.numel()].reshape(one.table.shape), start + one.table.numel()
+        scored.logprobs[one.rows] = table[:, 0]
+        num_chosen = 0
+        if chosen_TK is not None:
+            assert scored.chosen is not None
+            num_chosen = chosen_TK.shape[1]
+            scored.chosen[one.rows] = np.where(chosen_TK[one.rows] == UNUSED, -np.inf, table[:, 1 : 1 + num_chosen])
+        scored.top_logprobs[one.rows] = table[:, 1 + num_chosen : 1 + num_chosen + top_k]
+        scored.top_ids[one.rows] = table[:, 1 + num_chosen + top_k :].view(np.int32)
 
 
 def _key(model: str, prompt: Prompt, output_T: np.ndarray, chosen_TK: np.ndarray | None, top_k: int) -> bytes:

@@ -21,6 +21,7 @@ from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_figures import repetition_share
 from openkeye.rl.learner_pack import LearnerSample, share_out
 from openkeye.rl.rollout import Rollout, TokenStreams
+from openkeye.train import shard
 from openkeye.train.checkpoint import Checkpoints, Place
 from tests.rank_processes import ROOT
 from tests.rl.toy_rollouts import samples_of, toy_config, toy_document, toy_group, toy_rollout, with_routes
@@ -85,6 +86,21 @@ def test_a_reward_for_a_token_makes_it_likely(run_dir: Path):
             record = learner.step(samples_of(rollouts, ON_POLICY))
             assert record["mismatch/max_abs"] < 1e-5 and record["version"] == group + 1
         assert shares[0] < 0.05 < 0.5 < shares[-1], shares
+
+
+def test_a_large_network_is_gathered_by_layer_and_learns_the_same(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    records, weights = [], []
+    for most in (shard.GATHERED_PARAMETERS, 0):
+        monkeypatch.setattr(shard, "GATHERED_PARAMETERS", most)
+        with opened_learner(toy_config(run_dir, recomputes=True), ON_POLICY, CPU) as learner:
+            # Two layers, their indexers, and the rest.
+            assert len(shard.units(learner.policy)) == (5 if most == 0 else 1)
+            samples = sampled(learner, toy_group(0, algorithm=ON_POLICY, has_picture=True))
+            records.append([learner.step(samples) for _ in range(2)][-1])
+            weights.append(parameters_of(learner))
+    assert records[0] == pytest.approx(records[1], rel=1e-5, abs=1e-7)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["gspo", "grpo", "dr_grpo", "dapo", "cispo"])
