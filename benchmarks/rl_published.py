@@ -5,19 +5,19 @@ PUBLISHED = (
         "NeMo-RL 0.6, GRPO of Qwen3-30B-A3B",
         "32 H100, 4K, 2,048 rollouts: on-policy / 1 step off / 8 steps off (192 GPUs)",
         "192 / 152 / 34.5 s a step; 1,102 / 1,414 / 1,025 tokens/s a GPU",
-        "NeMo-RL's performance summary",
+        "as its project reports",
     ),
     (
         "verl, Qwen3.5-35B-A3B",
         "4 nodes, responses of 32K: synchronous / colocated asynchronous / separate asynchronous",
         "12,053 / 18,852 / 18,829 tokens/s in all",
-        "verl's documentation",
+        "as its project reports",
     ),
     (
         "verl, GRPO of Qwen3-30B-A3B",
         "128 H20, responses of 8K: synchronous / fully asynchronous",
         "498 / 283 s a step",
-        "verl's documentation",
+        "as its project reports",
     ),
     ("verl, the actor of Qwen3-30B-A3B on Megatron", "8 / 16 / 32 GPUs", "40 / 37 / 31% of peak", "verl, `docs/perf/dpsk.md`"),
     (
@@ -36,10 +36,10 @@ PUBLISHED = (
         "verl, weights of Qwen3-30B-A3B to engines",
         "16 + 16 ranks: plain / checkpoint engine",
         "15.76 / 4.38 s",
-        "verl's documentation",
+        "as its project reports",
     ),
-    ("verl, the same", "whole broadcast / sharded deltas", "32 to 43 / 7.1 to 8.1 s", "verl's documentation"),
-    ("slime, weights of GLM-4.5 355B", "", "48 s", "slime's documentation"),
+    ("verl, the same", "whole broadcast / sharded deltas", "32 to 43 / 7.1 to 8.1 s", "as its project reports"),
+    ("slime, weights of GLM-4.5 355B", "", "48 s", "as its project reports"),
 )
 
 

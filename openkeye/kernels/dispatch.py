@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openkeye.kernels.sparse_decode import DecodeScratch
 
 apply_rotary, index_scores, widen = reference.apply_rotary, reference.index_scores, reference.widen
-route_as = reference.route_as
+route_as = reference_learning.route_as
 cross_entropy = head.cross_entropy
 rank_candidates, merge_candidates = reference_sharding.rank_candidates, reference_sharding.merge_candidates
 

@@ -41,7 +41,7 @@ class MixtureOfExperts(nn.Module):
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
         self.replayed_TK: Tensor | None = None
-        # experts that the next call's tokens go to (`reference.route_as`); None: routed by the call's own logits
+        # experts that the next call's tokens go to (`reference_learning.route_as`); None: routed by the call's own logits
         self.rerouted_T: Tensor | None = None
         # bool, of the last call that replayed: whether a token's own choice would have been another
         self.keeps_picks = False

@@ -82,7 +82,7 @@ class LearnerPack:
     is_policy: Tensor
     # [n] bool: sampled by the policy
     routes: Tensor | None
-    # [L, T, K] int16, see `reference.route_as`; None: all are routed live
+    # [L, T, K] int16, see `reference_learning.route_as`; None: all are routed live
     support_ids: Tensor | None
     # [n, K] int64, -1 where unused
     support_logprobs: Tensor | None

@@ -62,7 +62,7 @@ class PolicyModel(PackedModel):
 
         Args:
             support_ids_nK: tokens whose log-probabilities are wanted beside the label's, -1 where unused.
-            routes_LTK: experts that tokens are sent to, rows of -1 live (`reference.route_as`); None: all live.
+            routes_LTK: experts that tokens are sent to, rows of -1 live (`reference_learning.route_as`); None: all live.
             vectors_MD: of the pictures, from an earlier pass.
         """
         keye = self.keye

@@ -34,8 +34,6 @@ class ApiCalls:
         InputError: a setting is out of its choices.
     """
 
-    level: int = 0
-    # of LEVELS, 1 to 5, whose values then replace those of the fields that it names; 0: each field's own
     split: str = "train"
     # of catalogue.SPLITS; training and held-out examples share no world
     min_calls: int = 1
@@ -52,6 +50,8 @@ class ApiCalls:
     is_renamed: bool = True
     # tools, arguments, tables and fields have other names in every example
     seed: int = 0
+    level: int = 0
+    # of LEVELS, 1 to 5, whose values then replace those of the fields that it names; 0: each field's own
     judge: ModelClient | None = None
     # adds the reward "judge": what it says of the final state
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import openkeye.rl.policy_model
-from openkeye.kernels.reference import route, route_as
+from openkeye.kernels.reference import route
+from openkeye.kernels.reference_learning import route_as
 from openkeye.model.keye import KeyeModel
 from openkeye.model.past import PlainPast
 from openkeye.rl.learner_pack import LearnerPack, LearnerSample, join_groups, make_packs

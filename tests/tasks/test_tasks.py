@@ -12,11 +12,11 @@ from openkeye.common.checks import InputError
 from openkeye.frameforge.catalogue import COLOURS
 from openkeye.tasks.json_lines import JsonLinesOptions, JsonLinesTask
 from openkeye.tasks.judges import Panel
-from openkeye.tasks.registry import TASKS, open_task
+from openkeye.tasks.registry import open_task
 from openkeye.tasks.task import Response
 from tests.tasks.talking import SayingModel
 
-GENERATED = [name for name in TASKS if name != "json_lines"]
+GENERATED = ("arithmetic", "grounding", "counting", "ocr", "spatial", "self_cognition")
 
 
 def scored(task, example, text):
