@@ -146,6 +146,10 @@ class Sandbox:
     allow_network: bool = False
     readable: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.num_at_once < 1:
+            raise InputError(f"sandbox: num_at_once is {self.num_at_once}; give at least 1")
+
     async def run(self, program: Program, limits: Limits | None = None) -> Ended:
         """Run a program to its end or its limit. A cancelled run is killed.
 
