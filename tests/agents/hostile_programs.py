@@ -133,6 +133,54 @@ for path in ("/made", "/usr/made", "/bin/made", "/etc/made"):
 """,
         lambda ended: ended.stdout.startswith("False True\n") and "wrote /usr" not in ended.stdout,
     ),
+    "takes what nobody counts": Hostile(
+        """
+import ctypes, os, threading
+libc = ctypes.CDLL(None, use_errno=True)
+try:
+    os.memfd_create("x")
+    print("memfd")
+except PermissionError:
+    pass
+print(libc.unshare(0x10000000), libc.shmget(0, 1 << 20, 0o1600), libc.ptrace(0, 0, 0, 0), libc.unshare(0x20000))
+clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+print(libc.syscall(clone, 0x10000000 | 17, 0, 0, 0, 0), ctypes.get_errno())
+print(libc.syscall(435, 0, 0), ctypes.get_errno())
+thread = threading.Thread(target=print, args=("a thread",))
+thread.start()
+thread.join()
+""",
+        lambda ended: ended.stdout == "-1 -1 -1 -1\n-1 1\n-1 38\na thread\n",
+    ),
+    "carries something in or out": Hostile(
+        """
+import os, stat
+print(sorted(os.environ))
+print([name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")])
+for kind in (stat.S_IFCHR, stat.S_IFBLK):
+    try:
+        os.mknod("device", 0o600 | kind, os.makedev(1, 1))
+        print("a device")
+    except PermissionError:
+        pass
+n = 0
+try:
+    for n in range(30_000):
+        open(f"file{n}", "w").close()
+except OSError:
+    print(n < 20_000)
+sockets = open("/proc/net/unix").readlines()[1:]
+print(sockets, open("/proc/self/status").read().count("CapEff:\\t0000000000000000"))
+""",
+        lambda ended: (
+            ended.stdout.startswith(
+                "['HOME', 'LANG', 'OMP_NUM_THREADS', 'PATH', 'PYTHONDONTWRITEBYTECODE', 'PYTHONHASHSEED', 'TMPDIR']\n"
+                "['0', '1', '2']\n"
+            )
+            and ended.stdout.endswith("[] 1\n")
+            and "a device" not in ended.stdout
+        ),
+    ),
     "fills its folder": Hostile(
         """
 n = 0
