@@ -1,6 +1,7 @@
 """The judge on real programs: what passes, and each way of failing by its name."""
 
 import asyncio
+import dataclasses
 import json
 import shutil
 
@@ -37,7 +38,8 @@ def outcomes(source: str, language: str = "python", problem: Problem = DOUBLE) -
     ],
 )
 def test_python_programs_fail_by_name(source, expected):
-    assert outcomes(source) == expected
+    problem = dataclasses.replace(DOUBLE, time_limit_seconds=0.2) if "time_limit" in expected else DOUBLE
+    assert outcomes(source, "python", problem) == expected
 
 
 @needs_walls
