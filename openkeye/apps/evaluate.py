@@ -11,6 +11,7 @@ from openkeye.apps import evaluate_needle, evaluate_task
 from openkeye.apps.evaluate_task import add_task_suite
 from openkeye.apps.evaluate_text import add_text_suite
 from openkeye.apps.evaluate_text import run as run_text
+from openkeye.apps.intervals import interval
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.apps.video_room import check_room, whole_video_limits
 from openkeye.common.checks import InputError, writing_to
@@ -184,18 +185,6 @@ def _report(arguments: argparse.Namespace, records: list[dict[str, Any]], modes:
         "dense_up_to": arguments.dense_up_to,
     }
     return report
-
-
-def interval(values: "Any", clips: "Any", num_draws: int = 1000) -> list[float]:
-    """95% interval of the mean by drawing clips again: questions of one clip are not independent."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    names, places = np.unique(clips, return_inverse=True)
-    sums, counts = np.bincount(places, values), np.bincount(places)
-    draws = rng.integers(len(names), size=(num_draws, len(names)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 def _print_table(report: dict[str, Any], modes: tuple[str, ...]) -> None:

@@ -95,7 +95,7 @@ def _report(rollouts: "list[Rollout]", num_examples: int) -> dict[str, Any]:
     """Means of the rewards with intervals over examples; an episode whose world broke counts as nothing right."""
     import numpy as np
 
-    from openkeye.apps.evaluate import interval
+    from openkeye.apps.intervals import interval
 
     names = sorted({name for rollout in rollouts for name in rollout.rewards} | {"outcome"})
     examples = np.array([rollout.id.number for rollout in rollouts])
