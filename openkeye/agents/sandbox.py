@@ -10,18 +10,18 @@ the system lets only known tools do so. Where none of it works, the network cann
 import asyncio
 import base64
 import itertools
-import json
 import os
 import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from openkeye.agents.sandbox_lifeline import SandboxError, ask
 from openkeye.common.checks import InputError
 
 PROCESS = Path(__file__).with_name("sandbox_process.py")
@@ -29,8 +29,6 @@ FOLDER = "/box"
 # where a program starts and finds its files
 SPARE_SECONDS = 20.0
 # what the process beside a program may take for itself, on a machine that is busy
-END_SECONDS = 2.0
-# for killing a program when its run is given up; then the process beside it is killed, and namespaces end with it
 SPARE_ADDRESS_BYTES = 128 << 20
 # address space of libraries and interpreters, that no memory stands behind
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
@@ -38,10 +36,6 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 LIMITS = ("wall", "cpu", "memory", "output", "file")
 OLDEST_LINUX = (5, 14)
 # From here on processes are counted by user namespace, and mounts are made read-only with all below them.
-
-
-class SandboxError(OSError):
-    """The sandbox itself failed; says nothing about the program."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +145,10 @@ class Sandbox:
     num_at_once: int = 4
     allow_network: bool = False
     readable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_at_once < 1:
+            raise InputError(f"sandbox: num_at_once is {self.num_at_once}; give at least 1")
 
     async def run(self, program: Program, limits: Limits | None = None) -> Ended:
         """Run a program to its end or its limit. A cancelled run is killed.
@@ -310,50 +308,18 @@ async def _run(program: Program, limits: Limits, abilities: SandboxAbilities, sa
         words = [os.path.realpath(sys.executable), "-I", "-S", str(PROCESS)]
         if abilities.mode == "bubblewrap":
             words = [*_bubblewrap(order), *words[:-1], "/sandbox_process.py"]
-        answer = await _ask(words, order, abilities, limits.wall_seconds + SPARE_SECONDS)
+
+        def order_for(number: int) -> dict[str, Any]:
+            user = {"uid": _user_of(number) if abilities.changes_user else None}
+            return order | user | {"max_user_processes": limits.num_processes + _num_counted_besides(abilities)}
+
+        answer = await ask(words, order_for, limits.wall_seconds + SPARE_SECONDS)
     finally:
         if abilities.mode == "plain":
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     stdout, stderr = (base64.b64decode(answer.pop(name)).decode(errors="replace") for name in ("stdout", "stderr"))
     files = {name: base64.b64decode(content) for name, content in answer.pop("files").items()}
     return Ended(**answer, stdout=stdout, stderr=stderr, files=files)
-
-
-async def _ask(words: Sequence[str], order: dict[str, Any], abilities: SandboxAbilities, seconds: float) -> dict[str, Any]:
-    """Start the process beside the program, and wait for its answer."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    try:
-        order["uid"] = _user_of(process.pid) if abilities.changes_user else None
-        order["max_user_processes"] = order["num_processes"] + _num_counted_besides(abilities)
-        content = json.dumps(order).encode()
-        process.stdin.write(len(content).to_bytes(8, "big") + content)
-        async with asyncio.timeout(seconds):
-            answer, complaint = await asyncio.gather(process.stdout.read(), process.stderr.read())
-            await process.wait()
-    except TimeoutError:
-        raise SandboxError(f"sandbox: no answer within {seconds:g} s") from None
-    finally:
-        await _end(process)
-    if process.returncode != 0 or not answer:
-        lines = complaint.decode(errors="replace").strip().splitlines()
-        raise SandboxError(f"sandbox: {lines[-1] if lines else f'its process ended with {process.returncode}'}")
-    result: dict[str, Any] = json.loads(answer)
-    return result
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """The end of its input tells the process to kill the program whole, and to go."""
-    assert process.stdin is not None
-    process.stdin.close()
-    if process.returncode is not None:
-        return
-    try:
-        await asyncio.wait_for(process.wait(), END_SECONDS)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 def _num_counted_besides(abilities: SandboxAbilities) -> int:

@@ -1,7 +1,8 @@
 """The process beside an untrusted program: walls it in, watches its limits, and leaves nothing of it behind.
 
-`sandbox.py` starts it by path, with the standard library alone; it imports nothing of ours. It reads 8 bytes of length and an
-order in JSON from its input, and writes one answer in JSON. Its input stays open as a lifeline: at its end everything dies.
+`sandbox.py` starts it by path, with the standard library alone; it imports nothing of ours. A byte on its input says that an
+order in JSON lies in a file that it was given, and it writes one answer in JSON. Its input stays open as a lifeline: at its end
+everything dies.
 
 With namespaces, a first process makes them and waits; the second is process 1 of a new process namespace, in which the kernel
 kills everybody when process 1 ends. Its root is an empty file system in memory with the system's programs bound in, read-only,
@@ -11,11 +12,13 @@ so that neither the project nor anybody's files are there. The third becomes the
 import base64
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
 import resource
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -28,12 +31,24 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0
 SYSCALL_MOUNT_SETATTR, AT_RECURSIVE = 442, 0x8000
 # the same number on every architecture
 ATTRIBUTE_READ_ONLY, ATTRIBUTE_NO_SETUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 NEW_ROOT = "/proc"
 # A folder that every Linux has; the new root is mounted over it, where only this process sees it.
 TICK_SECONDS = 0.02
 MAX_INODES = 20_000
 DEVICES = ("null", "zero", "full", "random", "urandom")
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_ALLOW, SECCOMP_ERROR = 22, 2, 0x7FFF0000, 0x50000
+LOAD, JUMP_IF_EQUAL, JUMP_IF_LEAST, JUMP_IF_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+# instructions of the kernel's filters
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+# offsets of what a filter looks at
+REFUSED_CALLS = {
+    "x86_64": (0xC000003E, 56, (319, 447, 29, 68, 64, 240, 272, 308, 101, 310, 311, 165, 250, 248, 249, 321, 298, 323, 425)),
+    "aarch64": (0xC00000B7, 220, (279, 447, 194, 186, 190, 180, 97, 268, 117, 270, 271, 40, 219, 217, 218, 280, 241, 282, 425)),
+}
+# Architecture, clone, and: memfd_create, memfd_secret, shmget, msgget, semget, mq_open, unshare, setns, ptrace,
+# process_vm_readv, process_vm_writev, mount, keyctl, add_key, request_key, bpf, perf_event_open, userfaultfd, io_uring_setup.
+SYSCALL_CLONE3 = 435
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -141,6 +156,7 @@ def become_program(order: dict[str, Any], folder: str, stdin: int, stdout: int, 
         for number, source in enumerate((stdin, stdout, stderr)):
             os.dup2(source, number)
         os.closerange(3, 1 << 16)
+        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
         if os.path.exists("/proc/self/oom_score_adj"):
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write("1000")
@@ -160,14 +176,38 @@ def become_program(order: dict[str, Any], folder: str, stdin: int, stdout: int, 
             os.setresuid(order["uid"], order["uid"], order["uid"])
         # After the change of user: it is users that processes are counted by.
         resource.setrlimit(resource.RLIMIT_NPROC, (order["max_user_processes"], order["max_user_processes"]))
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         os.chdir(folder)
         os.execve(order["command"][0], order["command"], order["variables"])
     except OSError as error:
         os.write(2, f"{order['command'][0]}: {error.strerror}\n".encode())
     os._exit(127)
+
+
+def refuse_calls() -> None:
+    """From here on the kernel refuses calls that take memory which no limit counts (files and segments in memory, tmpfs of a
+    namespace of the program's own), that look into other processes, or that have often been the way out of walls.
+
+    Elsewhere than on x86-64 and 64-bit ARM nothing is refused.
+    """
+    if os.uname().machine not in REFUSED_CALLS:
+        return
+    architecture, clone, refused = REFUSED_CALLS[os.uname().machine]
+    refuse = (RETURN, 0, 0, SECCOMP_ERROR | errno.EPERM)
+    rows = [(LOAD, 0, 0, ARCHITECTURE), (JUMP_IF_EQUAL, 1, 0, architecture), refuse, (LOAD, 0, 0, NUMBER)]
+    # Above lie the numbers of a second way to call on x86-64.
+    rows += [(JUMP_IF_LEAST, 0, 1, 0x40000000), refuse]
+    for number in refused:
+        rows += [(JUMP_IF_EQUAL, 0, 1, number), refuse]
+    # Its flags lie in memory, where no filter sees them; C libraries then take clone.
+    rows += [(JUMP_IF_EQUAL, 0, 1, SYSCALL_CLONE3), (RETURN, 0, 0, SECCOMP_ERROR | errno.ENOSYS)]
+    rows += [(JUMP_IF_EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_IF_SET, 0, 1, CLONE_NEWUSER), refuse]
+    rows.append((RETURN, 0, 0, SECCOMP_ALLOW))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in rows))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(rows), ctypes.addressof(code)))
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "give up new privileges")
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0), "refuse calls")
 
 
 class Watch:
@@ -285,6 +325,7 @@ def passed_limit(order: dict[str, Any], pipes: tuple[Pipe, Pipe], seconds: float
 def watch(order: dict[str, Any], program: int, pipes: tuple[Pipe, Pipe], usage: Watch) -> dict[str, Any]:
     """Until the program ends or passes a limit: how it ended, and what it took."""
     began = looked = time.monotonic()
+    parent = os.getppid()
     descriptor = os.pidfd_open(program)
     poll = select.poll()
     poll.register(0, select.POLLHUP)
@@ -294,8 +335,11 @@ def watch(order: dict[str, Any], program: int, pipes: tuple[Pipe, Pipe], usage: 
     limit, most_bytes, cpu, resident, ended = None, 0, 0.0, 0, None
     while limit is None and ended is None:
         events = dict(poll.poll(TICK_SECONDS * 1000))
-        if 0 in events:
+        # Where a process that was forked meanwhile holds the other end, the lifeline outlives the parent.
+        if 0 in events or os.getppid() != parent:
             usage.kill_all()
+            if order["mode"] == "plain":
+                shutil.rmtree(order["folder"], ignore_errors=True)
             os._exit(1)
         for pipe in pipes:
             pipe.read()
@@ -341,6 +385,9 @@ def supervise(order: dict[str, Any]) -> dict[str, Any]:
         build_root(order)
     elif not owns_namespace:
         check(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "become the parent of orphans")
+    # The program may be the same user: it must not look into this process, and a signal that Python handles would end it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "hide from the program")
     folder = order["folder"]
     write_files(order, folder)
     stdin = os.memfd_create("stdin")
@@ -348,6 +395,7 @@ def supervise(order: dict[str, Any]) -> dict[str, Any]:
         file.write(base64.b64decode(order["stdin"]))
     os.lseek(stdin, 0, os.SEEK_SET)
     pipes = (Pipe(order["output_bytes"]), Pipe(order["output_bytes"]))
+    refuse_calls()
     program = os.fork()
     if program == 0:
         become_program(order, folder, stdin, pipes[0].target, pipes[1].target)
@@ -373,19 +421,14 @@ def enter_namespaces(order: dict[str, Any]) -> None:
                 file.write(text)
 
 
-def read_exactly(num_bytes: int) -> bytes:
-    content = bytearray()
-    while len(content) < num_bytes:
-        piece = os.read(0, num_bytes - len(content))
-        if not piece:
-            sys.exit("the order ended early")
-        content += piece
-    return bytes(content)
-
-
 def main() -> None:
-    order = json.loads(read_exactly(int.from_bytes(read_exactly(8), "big")))
+    if not os.read(0, 1):
+        sys.exit("there was no order")
+    with open(int(sys.argv[1]), "rb") as file:
+        file.seek(0)
+        order = json.load(file)
     if order["mode"] == "namespaces":
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         enter_namespaces(order)
         first = os.fork()
         if first != 0:

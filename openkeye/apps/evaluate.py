@@ -8,10 +8,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from openkeye.apps import evaluate_needle, evaluate_task
-from openkeye.apps.bootstrap import interval
 from openkeye.apps.evaluate_task import add_task_suite
 from openkeye.apps.evaluate_text import add_text_suite
 from openkeye.apps.evaluate_text import run as run_text
+from openkeye.apps.intervals import interval
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.apps.video_room import check_room, whole_video_limits
 from openkeye.common.checks import InputError, writing_to

@@ -43,6 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = numbers_of(task, arguments.first, arguments.num)
     if arguments.samples < 1:
         raise InputError(f"--samples is {arguments.samples}; give at least 1")
+    if arguments.answers:
+        # Before hours of answers, not after.
+        _write(arguments.answers, [])
     rollouts = asyncio.run(_play(arguments, task, numbers, engine_from(arguments, arguments.attention)))
     if arguments.answers:
         _write(arguments.answers, rollouts)
@@ -92,7 +95,7 @@ def _report(rollouts: "list[Rollout]", num_examples: int) -> dict[str, Any]:
     """Means of the rewards with intervals over examples; an episode whose world broke counts as nothing right."""
     import numpy as np
 
-    from openkeye.apps.bootstrap import interval
+    from openkeye.apps.intervals import interval
 
     names = sorted({name for rollout in rollouts for name in rollout.rewards} | {"outcome"})
     examples = np.array([rollout.id.number for rollout in rollouts])
@@ -118,7 +121,7 @@ def _write(path: str, rollouts: "list[Rollout]") -> None:
             json.dumps({"id": str(one.id), "answer": one.text, "finish": one.finish_reason, "rewards": dict(one.rewards)})
             for one in rollouts
         ]
-        Path(path).write_text("\n".join(lines) + "\n")
+        Path(path).write_text("".join(f"{line}\n" for line in lines))
 
 
 def _print_table(arguments: argparse.Namespace, report: dict[str, Any]) -> None:

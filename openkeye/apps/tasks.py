@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     path = Path(arguments.references)
+    # The first tells whether there are any; nothing is made where there are none.
+    reference_chat(task.read(numbers[0]))
     with writing_to(path), path.open("w") as file:
         for number in numbers:
             file.write(json.dumps(reference_chat(task.read(number))) + "\n")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import cross_entropy as head
-from openkeye.kernels import reference, reference_sharding
+from openkeye.kernels import reference, reference_learning, reference_sharding
 from openkeye.kernels.layer_caches import LayerCaches
 
 if TYPE_CHECKING:

@@ -106,6 +106,10 @@ class CodeOptions:
     languages: tuple[str, ...] = tuple(LANGUAGES)
     # that an answer may be written in
 
+    def __post_init__(self) -> None:
+        if self.num_problems < 1:
+            raise InputError(f"code: num_problems is {self.num_problems}; give at least 1")
+
 
 def open_code_task(options: CodeOptions) -> CodeTask:
     """The judge over somebody's problems, or over generated ones.

@@ -86,10 +86,14 @@ def settings_of(record: type, options: Mapping[str, Any], what: str) -> Any:
             continue
         if isinstance(value, list):
             value = tuple(value)
-        if wanted in (int, float, str, bool):
-            accepted: Any = (int, float) if wanted is float else wanted
-            if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-                raise InputError(f"{what}: option {key} is {value!r}; give {expected(wanted)}")
+        if dataclasses.is_dataclass(wanted) and not isinstance(value, wanted):  # type: ignore[arg-type]
+            raise InputError(f"{what}: option {key} is {value!r}; give a table of its options")
+        if wanted in (int, float, str, bool) and not _is_of(value, wanted):
+            raise InputError(f"{what}: option {key} is {value!r}; give {expected(wanted)}")
+        if get_origin(wanted) is tuple:
+            one = get_args(wanted)[0]
+            if not isinstance(value, tuple) or (one in (int, float, str) and not all(_is_of(item, one) for item in value)):
+                raise InputError(f"{what}: option {key} is {value!r}; give a list such as [...] of {one.__name__} values")
         given[key] = value
     missing = [
         one.name
@@ -99,6 +103,11 @@ def settings_of(record: type, options: Mapping[str, Any], what: str) -> Any:
     if missing:
         raise InputError(f"{what}: option {missing[0]} is missing; give it")
     return record(**given)
+
+
+def _is_of(value: object, wanted: type) -> bool:
+    accepted = (int, float) if wanted is float else wanted
+    return isinstance(value, accepted) and (wanted is bool or not isinstance(value, bool))
 
 
 def _is_plain(wanted: Any) -> bool:

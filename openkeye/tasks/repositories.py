@@ -43,6 +43,8 @@ class RepositoryTask:
         unknown = sorted(set(self.templates) - set(ALL))
         if unknown or not self.templates:
             raise InputError(f"{self.name}: templates {unknown} are unknown; choose from {', '.join(ALL)}")
+        if self.max_turns < 1:
+            raise InputError(f"{self.name}: max_turns is {self.max_turns}; give at least 1")
         if not 0 <= self.share < self.num_shares <= 8:
             raise InputError(f"{self.name}: share {self.share} of {self.num_shares}; give one below, of at most 8")
 

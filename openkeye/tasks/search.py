@@ -38,6 +38,8 @@ class WorldSearchTask:
     def __post_init__(self) -> None:
         if not self.hops or min(self.hops) < 1 or max(self.hops) > 6 or self.questions_per_world < 1:
             raise InputError(f"{self.name}: {self.hops} hops; give numbers from 1 to 6, and 1 or more questions a world")
+        if self.max_turns < 1:
+            raise InputError(f"{self.name}: max_turns is {self.max_turns}; give at least 1")
 
     @property
     def num_examples(self) -> int | None:
@@ -87,6 +89,8 @@ class CorpusOptions:
     def __post_init__(self) -> None:
         if bool(self.pages) == bool(self.index):
             raise InputError("search_corpus: give pages, JSON lines, or index, a file made of them")
+        if self.max_turns < 1:
+            raise InputError(f"search_corpus: max_turns is {self.max_turns}; give at least 1")
 
 
 def open_corpus_task(options: CorpusOptions) -> CorpusSearchTask:

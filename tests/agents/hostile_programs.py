@@ -24,7 +24,7 @@ class Hostile:
 
 
 PROGRAMS = {
-    "hangs": Hostile("import time\ntime.sleep(600)", lambda ended: ended.limit == "wall" and ended.wall_seconds < 3),
+    "hangs": Hostile("import time\ntime.sleep(8)", lambda ended: ended.limit == "wall" and ended.wall_seconds < 3),
     "spins": Hostile("while True: pass", lambda ended: ended.limit in ("wall", "cpu")),
     "forks": Hostile(
         """
@@ -33,7 +33,7 @@ made = 0
 for _ in range(300):
     try:
         if os.fork() == 0:
-            time.sleep(600)
+            time.sleep(8)
         made += 1
     except OSError:
         pass
@@ -50,7 +50,7 @@ for _ in range(8):
         os.fork()
     except OSError:
         time.sleep(0.01)
-time.sleep(600)
+time.sleep(8)
 """,
         lambda ended: ended.limit in ("wall", "memory"),
     ),
@@ -61,8 +61,8 @@ import os, time
 for _ in range(4):
     if os.fork() == 0:
         b = b"x" * (60 << 20)
-        time.sleep(600)
-time.sleep(600)
+        time.sleep(8)
+time.sleep(8)
 """,
         lambda ended: ended.limit == "memory",
     ),
@@ -79,7 +79,7 @@ import signal, time
 for number in range(1, 32):
     if number not in (9, 19):
         signal.signal(number, signal.SIG_IGN)
-while True: time.sleep(1)
+time.sleep(8)
 """,
         lambda ended: ended.limit == "wall",
     ),
@@ -91,7 +91,7 @@ if os.fork() == 0:
     if os.fork() == 0:
         for number in range(3):
             os.close(number)
-        time.sleep(600)
+        time.sleep(8)
     os._exit(0)
 os.wait()
 time.sleep(0.1)
@@ -100,7 +100,7 @@ print("gone")
         lambda ended: ended.is_success and ended.stdout == "gone\n",
     ),
     "leaves a child with its output": Hostile(
-        "import os, time\nif os.fork() == 0: time.sleep(600)\nprint('left')",
+        "import os, time\nif os.fork() == 0: time.sleep(8)\nprint('left')",
         lambda ended: ended.is_success and ended.stdout == "left\n" and ended.wall_seconds < 0.9,
     ),
     "writes a large file": Hostile(
@@ -133,6 +133,54 @@ for path in ("/made", "/usr/made", "/bin/made", "/etc/made"):
 """,
         lambda ended: ended.stdout.startswith("False True\n") and "wrote /usr" not in ended.stdout,
     ),
+    "takes what nobody counts": Hostile(
+        """
+import ctypes, os, threading
+libc = ctypes.CDLL(None, use_errno=True)
+try:
+    os.memfd_create("x")
+    print("memfd")
+except PermissionError:
+    pass
+print(libc.unshare(0x10000000), libc.shmget(0, 1 << 20, 0o1600), libc.ptrace(0, 0, 0, 0), libc.unshare(0x20000))
+clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+print(libc.syscall(clone, 0x10000000 | 17, 0, 0, 0, 0), ctypes.get_errno())
+print(libc.syscall(435, 0, 0), ctypes.get_errno())
+thread = threading.Thread(target=print, args=("a thread",))
+thread.start()
+thread.join()
+""",
+        lambda ended: ended.stdout == "-1 -1 -1 -1\n-1 1\n-1 38\na thread\n",
+    ),
+    "carries something in or out": Hostile(
+        """
+import os, stat
+print(sorted(os.environ))
+print([name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")])
+for kind in (stat.S_IFCHR, stat.S_IFBLK):
+    try:
+        os.mknod("device", 0o600 | kind, os.makedev(1, 1))
+        print("a device")
+    except PermissionError:
+        pass
+n = 0
+try:
+    for n in range(30_000):
+        open(f"file{n}", "w").close()
+except OSError:
+    print(n < 20_000)
+sockets = open("/proc/net/unix").readlines()[1:]
+print(sockets, open("/proc/self/status").read().count("CapEff:\\t0000000000000000"))
+""",
+        lambda ended: (
+            ended.stdout.startswith(
+                "['HOME', 'LANG', 'OMP_NUM_THREADS', 'PATH', 'PYTHONDONTWRITEBYTECODE', 'PYTHONHASHSEED', 'TMPDIR']\n"
+                "['0', '1', '2']\n"
+            )
+            and ended.stdout.endswith("[] 1\n")
+            and "a device" not in ended.stdout
+        ),
+    ),
     "fills its folder": Hostile(
         """
 n = 0
@@ -147,10 +195,16 @@ except OSError:
     "kills the watcher": Hostile(
         """
 import os
-for number in (9, 15):
+for number in range(1, 32):
     try:
         os.kill(1, number)
     except PermissionError:
+        pass
+for name in ("environ", "mem", "fd/0", "root/etc", "cwd"):
+    try:
+        os.open(f"/proc/1/{name}", os.O_RDONLY)
+        print("opened", name)
+    except OSError:
         pass
 print("still here")
 """,

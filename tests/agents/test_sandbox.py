@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def test_many_at_once_are_bounded_and_settings_pickle():
 @needs_walls
 def test_a_cancelled_run_is_killed():
     async def cancel() -> None:
-        run = asyncio.create_task(Sandbox(LIMITS).run(marked("import time; time.sleep(600)", 0, "mark-cancelled")))
+        run = asyncio.create_task(Sandbox(LIMITS).run(marked("import time; time.sleep(8)", 0, "mark-cancelled")))
         while not processes_with("mark-cancelled"):
             await asyncio.sleep(0.01)
         run.cancel()
@@ -142,23 +143,113 @@ def test_a_cancelled_run_is_killed():
 
 
 @needs_walls
-def test_a_killed_parent_takes_its_programs_with_it():
-    source = """
-import asyncio
-from openkeye.agents.sandbox import Program, Sandbox
-asyncio.run(Sandbox().run(Program(("python", "-c", "import time; time.sleep(600)", "mark-orphan"))))
-"""
-    parent = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 20
-    while not processes_with("mark-orphan") and time.monotonic() < deadline:
+@pytest.mark.parametrize("mode", ["", "plain"])
+def test_runs_are_cancelled_with_their_loop_at_any_moment(monkeypatch, mode):
+    if mode:
+        monkeypatch.setattr(sandbox, "_found", [PLAIN])
+    asyncio.run(sandbox.find_abilities())
+
+    async def fail(num_turns: int) -> None:
+        box = Sandbox(LIMITS, allow_network=bool(mode))
+        runs = [asyncio.create_task(box.run(marked("import time; time.sleep(8)", 0, "mark-all"))) for _ in range(2)]
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05 * (num_turns > 4))
+        assert not any(run.done() for run in runs)
+        raise ZeroDivisionError
+
+    start = time.monotonic()
+    for num_turns in range(7):
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(fail(num_turns))
+    assert time.monotonic() - start < 10 and not processes_with("mark-all")
+
+
+def wait_for(is_so) -> bool:
+    deadline = time.monotonic() + 5
+    while not is_so() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert processes_with("mark-orphan")
+    return is_so()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_without_walls_a_program_ends_with_a_process_beside_it_that_hangs_or_is_gone(monkeypatch, number):
+    monkeypatch.setattr(sandbox, "_found", [PLAIN])
+    before = set(Path("/tmp").glob("openkeye-sandbox-*"))
+    source = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(8)", "mark-stopped"])
+    os._exit(0)
+time.sleep(8)
+"""
+
+    async def stop() -> None:
+        box = Sandbox(LIMITS, allow_network=True)
+        run = asyncio.create_task(box.run(marked(source, 0, "mark-stopped")))
+        while len(processes_with("mark-stopped")) < 2:
+            await asyncio.sleep(0.01)
+        places = set(Path("/tmp").glob("openkeye-sandbox-*")) - before
+        assert len(places) == 1
+        (parent,) = [child for child in children_of(os.getpid()) if "sandbox_process.py" in command_of(child)]
+        os.kill(parent, number)
+        if number == signal.SIGKILL:
+            with pytest.raises(SandboxError, match="ended with -9"):
+                await run
+            return
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+
+    asyncio.run(stop())
+    assert not processes_with("mark-stopped")
+    assert set(Path("/tmp").glob("openkeye-sandbox-*")) <= before
+
+
+def children_of(number: int) -> list[int]:
+    return [int(word) for path in Path(f"/proc/{number}/task").glob("*/children") for word in path.read_text().split()]
+
+
+def command_of(number: int) -> str:
+    return Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@needs_walls
+@pytest.mark.parametrize("mode", ["", "plain"])
+def test_a_killed_parent_takes_its_programs_with_it(mode):
+    source = """
+import asyncio, os, sys, threading, time
+from openkeye.agents import sandbox
+from openkeye.agents.sandbox import Program, Sandbox
+from tests.agents.hostile_programs import PLAIN
+if sys.argv[1:]:
+    sandbox._found[:] = [PLAIN]
+
+def fork_while_it_runs():
+    time.sleep(0.5)
+    # A forked process holds the other end of the lifeline, as those of a data loader may.
+    if os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
+
+threading.Thread(target=fork_while_it_runs).start()
+program = Program(("python", "-c", "import time; time.sleep(8)", "mark-orphan"))
+asyncio.run(Sandbox(allow_network=bool(sys.argv[1:])).run(program))
+"""
+    before = set(Path("/tmp").glob("openkeye-sandbox-*"))
+    command = [sys.executable, "-c", source, *([mode] if mode else [])]
+    parent = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert wait_for(lambda: processes_with("mark-orphan") and len(children_of(parent.pid)) == 2)
+    (forked,) = [number for number in children_of(parent.pid) if "sandbox_process.py" not in command_of(number)]
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 5
-    while processes_with("mark-orphan") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not processes_with("mark-orphan")
+    try:
+        assert wait_for(lambda: not processes_with("mark-orphan"))
+        assert wait_for(lambda: set(Path("/tmp").glob("openkeye-sandbox-*")) <= before)
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 def test_a_broken_sandbox_says_so(monkeypatch):

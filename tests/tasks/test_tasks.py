@@ -16,7 +16,8 @@ from openkeye.tasks.registry import open_task
 from openkeye.tasks.task import Response
 from tests.tasks.talking import SayingModel
 
-GENERATED = ("arithmetic", "grounding", "counting", "ocr", "spatial", "self_cognition")
+GENERATED = ["arithmetic", "grounding", "counting", "ocr", "spatial", "self_cognition"]
+# one answer each, drawn by seed and split; tests of tasks with worlds and programs stand beside those
 
 
 def scored(task, example, text):
@@ -139,9 +140,55 @@ def test_lines_that_are_no_question_tell_why(tmp_path, line, message):
         ("grounding", {"grounding": {"gate_iou": 2.0}}, "gate_iou"),
         ("self_cognition", {"model_name": " "}, "give a name"),
         ("json_lines", {}, "path is missing"),
+        ("api_calls", {"level": 9}, "level is 9"),
+        ("api_calls", {"kinds": ["fly"]}, "give some of"),
+        ("api_calls", {"judge": "x"}, "judge' is unknown"),
+        ("code", {"seed": 3}, "give text"),
+        ("code", {"languages": "python"}, "languages is 'python'; give a list"),
+        ("code", {"languages": ["rust"]}, "choose from python"),
+        ("code", {"families": ["sorting"]}, "sorting"),
+        ("code", {"num_problems": 0}, "num_problems is 0"),
+        ("code", {"path": "/nowhere.jsonl"}, "cannot be read"),
+        ("repositories", {"templates": ["chess"]}, "chess"),
+        ("repositories", {"share": 2}, "share 2 of 1"),
+        ("repositories", {"max_turns": 0}, "max_turns is 0"),
+        ("repositories", {"sandbox": 3}, "a table of its options"),
+        ("repositories", {"sandbox": {"num_at_once": 0}}, "num_at_once is 0"),
+        ("search_world", {"hops": 3}, "hops is 3; give a list"),
+        ("search_world", {"hops": [2.5]}, "give a list"),
+        ("search_world", {"hops": [9]}, "from 1 to 6"),
+        ("search_world", {"max_turns": 0}, "max_turns is 0"),
+        ("search_corpus", {"pages": "/nowhere.jsonl"}, "questions is missing"),
+        ("search_corpus", {"questions": "/nowhere.jsonl"}, "give pages"),
+        ("search_corpus", {"questions": "/nowhere.jsonl", "pages": "/nowhere.jsonl"}, "cannot be read"),
+        ("search_corpus", {"questions": "/nowhere.jsonl", "index": "/nowhere.index"}, "no index"),
         ("json_lines", {"path": "/nowhere.jsonl"}, "cannot be read"),
     ],
 )
 def test_wrong_names_and_options_are_told(name, options, message):
     with pytest.raises(InputError, match=message):
         open_task(name, options)
+
+
+def test_agents_tasks_open_by_name_with_their_options(tmp_path):
+    code = open_task("code", {"seed": "other", "families": ["power"], "languages": ["c"], "num_problems": 5})
+    assert code.num_examples == 5 and "in c that reads" in code.read(4).messages[0]["content"]
+    (tmp_path / "problems.jsonl").write_text('{"statement": "Mine.", "tests": [{"input": "1", "output": "2"}]}')
+    mine = open_task("code", {"path": str(tmp_path / "problems.jsonl")})
+    assert mine.num_examples == 1 and mine.read(0).messages[0]["content"].startswith("Mine.")
+    repositories = open_task(
+        "repositories", {"templates": ["cache"], "share": 1, "num_shares": 2, "sandbox": {"num_at_once": 2}}
+    )
+    assert repositories.read(0).facts["template"] == "cache" and repositories.sandbox.num_at_once == 2
+    world = open_task("search_world", {"hops": [3], "seed": "test"})
+    assert world.num_examples is None and world.read(0).facts != open_task("search_world", {"hops": [3]}).read(0).facts
+    (tmp_path / "pages.jsonl").write_text('{"id": "a", "title": "Sky", "text": "The sky is blue."}')
+    (tmp_path / "questions.jsonl").write_text('{"question": "Which colour?", "answer": "blue", "evidence": ["a"]}')
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("pages", "questions")}
+    corpus = open_task("search_corpus", files)
+    assert corpus.num_examples == 1 and corpus.read(0).facts["answers"] == ("blue",)
+    calls = open_task("api_calls", {"level": 1, "split": "train", "wording": "plain"})
+    assert calls.max_calls == 1 and calls.read(0).environment is not None
+    for task in (code, repositories, world, corpus, calls):
+        again = pickle.loads(pickle.dumps(task))
+        assert (again.name, again.read(0).facts) == (task.name, task.read(0).facts)

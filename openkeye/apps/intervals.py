@@ -1,4 +1,4 @@
-"""Intervals of mean scores."""
+"""How sure a mean over examples is."""
 
 from typing import Any
 
