@@ -1,4 +1,4 @@
-"""What learning alone needs, in plain PyTorch with autograd: the indexer's losses, the cross entropy of the head, routes replayed.
+"""What learning alone needs, in plain PyTorch with autograd: the indexer's losses, the head's cross entropy, replayed routes.
 
 The definitions, beside those of `reference`.
 
