@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from openkeye.apps import evaluate_needle, evaluate_task
+from openkeye.apps.evaluate_task import add_task_suite
 from openkeye.apps.evaluate_text import add_text_suite
 from openkeye.apps.evaluate_text import run as run_text
 from openkeye.apps.intervals import interval
