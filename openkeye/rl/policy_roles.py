@@ -54,6 +54,8 @@ from openkeye.tasks.registry import open_task
 from openkeye.tasks.task import Example, Task
 
 LEARNER_DIR = "learner"
+RECORDED_STEPS = 512
+# of the engine, of which one keeps the keys that its tokens select
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
@@ -77,7 +79,8 @@ class EngineWorker:
     """A `RolloutWorker` in the process of its engine."""
 
     def __init__(self, config: PostTrainingConfig) -> None:
-        engine_config = settings_from(EngineConfig(records_routes=True, max_batch_requests=config.num_slots), config.engine)
+        defaults = EngineConfig(records_routes=True, records_picks_every=RECORDED_STEPS, max_batch_requests=config.num_slots)
+        engine_config = settings_from(defaults, config.engine)
         self._policy = PolicyEngine(Engine(config.model_dir, config=engine_config), PolicyConfig(config.seed))
         self._tasks = open_tasks(config)
         self._opened = AsyncExitStack()
