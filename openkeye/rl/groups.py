@@ -185,8 +185,15 @@ class GroupBook:
         if one.scored is not None:
             rewards = one.scored.facts["rewards"]
             extras = {name.removeprefix(EXTRA): array for name, array in self.journal.arrays(one.scored).items()}
-        told = {"finish_reason": facts["finish_reason"], "rewards": rewards, "text": facts["text"]}
-        return ScoredRollout(Rollout(group.id(member), picks=picks, **told, **arrays), extras)
+        rollout = Rollout(
+            id=group.id(member),
+            finish_reason=facts["finish_reason"],
+            rewards=rewards,
+            text=facts["text"],
+            picks=picks,
+            **arrays,
+        )
+        return ScoredRollout(rollout, extras)
 
     def usable(self, group: Group) -> list[tuple[int, ScoredRollout]]:
         """(attempt, rollout) of all that did not fail, in the order of members."""
