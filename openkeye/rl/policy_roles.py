@@ -6,7 +6,7 @@ that pictures and videos never travel.
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -17,8 +17,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from openkeye.agents.environment import Environment, Opening
-from openkeye.common.fields import with_fields
 from openkeye.common.launch import num_ranks, rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
@@ -26,14 +24,15 @@ from openkeye.engine.update_file import write_update
 from openkeye.engine.weight_update import WeightUpdate
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
-from openkeye.rl.advantage import streams_of
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
 from openkeye.rl.environment_pool import EnvironmentPool, HostedEnvironment, environment_pool
 from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample, share_out
-from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine, lay_out_prompt
-from openkeye.rl.processes import ProcessLearner, ProcessWorker, RoleProcess, role_folder
+from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine
+from openkeye.rl.processes import ProcessLearner, ProcessScorer, ProcessWorker, RoleProcess, role_folder
+from openkeye.rl.prompts import open_tasks, prompt_of
+from openkeye.rl.reference_scorer import open_reference_scorer, streams_by
 from openkeye.rl.roles import (
     LearnedRollout,
     LearnerRole,
@@ -44,35 +43,18 @@ from openkeye.rl.roles import (
     Roles,
     RolloutOrder,
     RolloutWorker,
-    ScoredRollout,
     Update,
 )
-from openkeye.rl.rollout import Rollout, RolloutId, TokenStreams
+from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.rl.rollout_document import rollout_document
-from openkeye.rl.run_config import Option, PostTrainingConfig
-from openkeye.tasks.registry import open_task
-from openkeye.tasks.task import Example, Task
+from openkeye.rl.run_config import PostTrainingConfig
+from openkeye.rl.settings import settings_from
+from openkeye.tasks.task import Example
 
 LEARNER_DIR = "learner"
 RECORDED_STEPS = 512
 # of the engine, of which one keeps the keys that its tokens select
-Settings = TypeVar("Settings")
 Result = TypeVar("Result")
-
-
-def open_tasks(config: PostTrainingConfig) -> dict[str, Task]:
-    """The tasks of a run, those of its evaluation among them, by their names in the run.
-
-    Raises:
-        InputError: no such task or option.
-    """
-    named = {**config.evaluation_tasks, **config.tasks}
-    return {name: open_task(task.reader, task.options) for name, task in named.items()}
-
-
-def settings_from(defaults: Settings, options: Mapping[str, Option]) -> Settings:
-    """Typed settings with some fields changed by name."""
-    return with_fields(defaults, [f"{name}={value}" for name, value in options.items()])
 
 
 class EngineWorker:
@@ -250,22 +232,8 @@ class PolicyLearner:
         """As the engine laid it out. Members of a group follow one another, and are asked the same."""
         key = rollout.id.task, rollout.id.number
         if key not in self._prompts:
-            self._prompts = {key: self._laid_out(*key)}
+            self._prompts = {key: prompt_of(self._tasks[key[0]], key[1], self._processor)}
         return self._prompts[key]
-
-    def _laid_out(self, name: str, number: int) -> Prompt:
-        example = self._tasks[name].read(number)
-        if example.environment is None:
-            return lay_out_prompt(example.messages, self._processor, example.tools)
-        opening = asyncio.run(_opening(example.environment))
-        return lay_out_prompt(opening.messages, self._processor, opening.tools)
-
-
-async def _opening(environment: Environment) -> Opening:
-    try:
-        return await environment.reset()
-    finally:
-        await environment.close()
 
 
 async def open_worker(config: PostTrainingConfig, folder: Path) -> RolloutWorker:
@@ -280,11 +248,6 @@ async def open_learner(config: PostTrainingConfig) -> LearnerRole:
     return await asyncio.to_thread(PolicyLearner, config)
 
 
-def streams_by(algorithm: AlgorithmConfig, group: Sequence[ScoredRollout]) -> list[TokenStreams] | None:
-    """See `roles.StreamsOf`."""
-    return streams_of([scored.rollout for scored in group], algorithm)
-
-
 @asynccontextmanager
 async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     """An engine a worker, and the learner; with `num_workers=0` all in this process.
@@ -293,13 +256,17 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
         InputError: tasks or settings that are not known; a role that cannot be opened.
     """
     sizes = {name: task.num_examples for name, task in open_tasks(config).items()}
-    streams = partial(streams_by, settings_from(AlgorithmConfig(), config.algorithm))
+    algorithm = settings_from(AlgorithmConfig(), config.algorithm)
+    streams, has_reference = partial(streams_by, algorithm), algorithm.ref_kl_weight > 0
     if not config.num_workers:
         worker, learner = await asyncio.to_thread(EngineWorker, config), await asyncio.to_thread(PolicyLearner, config)
+        scorers = [await open_reference_scorer(config)] if has_reference else []
         try:
             await worker.open_environments()
-            yield Roles(learner, [worker], (), streams, sizes)
+            yield Roles(learner, [worker], scorers, streams, sizes)
         finally:
+            for scorer in scorers:
+                await scorer.close()
             await worker.close()
             learner.close()
         return
@@ -318,9 +285,15 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
                     environment=gpus(config.num_ranks + number, 1),
                 )
             )
+        for number in range(max(1, config.num_scorers) if has_reference else 0):
+            place = gpus(config.num_ranks + config.num_workers + number, 1)
+            opens = partial(open_reference_scorer, config)
+            processes.append(RoleProcess(folder, f"scorer{number}", opens, environment=place))
         try:
-            workers = [ProcessWorker(process, config.num_slots) for process in processes[1:]]
-            yield Roles(ProcessLearner(processes[0]), workers, (), streams, sizes)
+            first_scorer = 1 + config.num_workers
+            workers = [ProcessWorker(process, config.num_slots) for process in processes[1:first_scorer]]
+            scoring = [ProcessScorer(process) for process in processes[first_scorer:]]
+            yield Roles(ProcessLearner(processes[0]), workers, scoring, streams, sizes)
         finally:
             await asyncio.gather(*(process.stop() for process in processes))
 
