@@ -6,6 +6,7 @@ that pictures and videos never travel.
 
 import asyncio
 import pickle
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -20,8 +21,7 @@ import torch
 from openkeye.common.launch import num_ranks, rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
-from openkeye.engine.update_file import write_update
-from openkeye.engine.weight_update import WeightUpdate
+from openkeye.engine.update_file import updates_among
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
@@ -32,6 +32,7 @@ from openkeye.rl.learner_pack import LearnerSample, share_out
 from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine
 from openkeye.rl.processes import ProcessLearner, ProcessScorer, ProcessWorker, RoleProcess, role_folder
 from openkeye.rl.prompts import open_tasks, prompt_of
+from openkeye.rl.publisher import Publisher
 from openkeye.rl.reference_scorer import open_reference_scorer, streams_by
 from openkeye.rl.roles import (
     LearnedRollout,
@@ -90,7 +91,9 @@ class EngineWorker:
     async def publish(self, weights: Publication) -> None:
         """See `RolloutWorker.publish`."""
         if weights.version > self._policy.version:
-            await self._policy.publish_file(weights.path)
+            # One that is behind begins with the newest whole weights; the others read what has changed.
+            for path in await asyncio.to_thread(updates_among, (*weights.rests_on, weights.path), self._policy.version):
+                await self._policy.publish_file(path)
 
     async def roll(self, order: RolloutOrder, on_partial: OnPartial) -> Rollout | PartialRollout:
         """See `RolloutWorker.roll`."""
@@ -162,6 +165,7 @@ class PolicyLearner:
         self._processor = Processor.load(config.model_dir)
         self._opened = ExitStack()
         self._learner: Learner | None = None
+        self._publisher = Publisher()
         self._prompts: dict[tuple[str, int], Prompt] = {}
         # the last one
         self._thread = ThreadPoolExecutor(1, "openkeye-learner")
@@ -204,6 +208,8 @@ class PolicyLearner:
 
     def _open(self) -> int:
         self._opened.close()
+        # Steps that are repeated need not make the same bits: what was published before is nothing to tell changes against.
+        self._publisher = Publisher()
         self._learner = self._opened.enter_context(opened_learner(self._learner_config, self._algorithm))
         return self._learner.version
 
@@ -221,12 +227,16 @@ class PolicyLearner:
         version = self._own.version
         if not version:
             # Workers begin with these weights.
+            if not rank():
+                self._publisher.begin(self._own.weights())
+            else:
+                deque(self._own.weights(), maxlen=0)
             return Publication(0, self._config.model_dir)
         # All ranks go through the weights, and one writes them.
-        tensors = dict(self._own.weights())
         if rank():
+            deque(self._own.weights(), maxlen=0)
             return Publication(version, str(path))
-        return Publication(version, str(write_update(path.parent, WeightUpdate(version, tensors))))
+        return self._publisher.publish(version, self._own.weights(), path.parent)
 
     def _prompt(self, rollout: Rollout) -> Prompt:
         """As the engine laid it out. Members of a group follow one another, and are asked the same."""
