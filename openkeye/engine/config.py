@@ -48,6 +48,9 @@ class EngineConfig:
 
     records_routes: bool = False
     # Which experts every token was sent to is kept beside its keys, two bytes a layer and expert: a rollout's routes.
+    records_picks_every: int | None = None
+    # Of every so-manieth step the keys that attention selected for each token that chose the next one are kept, four bytes a
+    # layer and key: what a learner's own selection is compared with. Such a step is not captured. None: of none.
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -49,6 +49,9 @@ class Runner:
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
             shape = (config.max_batch_requests, longest, config.is_batch_invariant)
             self.graphs = DecodeGraphs(model, self.caches, attention, *shape, self.routes)
+        self._num_runs = 0
+        self.keeps_picks = False
+        # in the batch under way
         self.dense_up_to = config.dense_up_to
         if config.is_batch_invariant and self.dense_up_to is None:
             # Back ends of dense attention are chosen by the shape; lists of all keys take one way whatever it is.
@@ -66,6 +69,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        every = self.config.records_picks_every
+        self.keeps_picks = every is not None and self._num_runs % every == 0
+        self._num_runs += 1
         with self._row_exact():
             return self._run(batch)
 
@@ -109,7 +115,8 @@ class Runner:
     def past_of(self, batch: Batch) -> PagedPast:
         """The past that a batch sees."""
         top_k = self.model.config.indexer.top_k
-        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
+        keeps = (batch.keeps_evidence, self.keeps_picks)
+        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, *keeps)
 
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
@@ -137,6 +144,7 @@ class Runner:
                 for segment in batch.segments
             )
             and not batch.keeps_evidence
+            and not self.keeps_picks
         )
 
     def _step_row(self, segment: Segment) -> StepRow:

@@ -7,7 +7,7 @@ used.
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,6 +108,21 @@ def updates_from(folder: str | Path, version: int) -> list[Path]:
     if at is not None and at != version:
         raise InputError(f"{folder}: version {newest} rests on {at}, older than the engine's {version}; publish whole weights")
     return chain[::-1]
+
+
+def updates_among(paths: Sequence[str | Path], version: int) -> list[Path]:
+    """Those of a chain of updates, oldest first, that take an engine of a version to the last one.
+
+    Raises:
+        InputError: the first one needed rests on another version.
+    """
+    chain: list[Path] = []
+    for path in reversed([Path(path) for path in paths]):
+        chain.append(path)
+        base = _base(path)
+        if base is None or base == version:
+            return chain[::-1]
+    raise InputError(f"{chain[-1]}: rests on version {base}, and the engine has {version}; publish the whole weights")
 
 
 def _versions(folder: str | Path) -> list[int]:

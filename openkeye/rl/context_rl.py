@@ -106,8 +106,8 @@ def with_report(example: Example, attempt_text: str, report: str, shows_attempt:
 
 
 def on_bare_prompt(rollout: Rollout, prompt_ids: np.ndarray) -> Rollout:
-    """The same answer behind the bare prompt. Expert routes were chosen in another context and are not replayed."""
-    return replace(rollout, prompt_ids=prompt_ids, routes=None)
+    """The same answer behind the bare prompt. What was chosen in another context is not replayed or compared."""
+    return replace(rollout, prompt_ids=prompt_ids, routes=None, picks=None)
 
 
 def importance_weights(

@@ -20,6 +20,7 @@ from openkeye.agents.model_client import Message, ModelReply
 from openkeye.agents.reply_parser import parse_reply
 from openkeye.common.checks import InputError
 from openkeye.engine.config import SamplingParameters
+from openkeye.engine.recorded_answer import Picks
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.continuation import Continuation
 from openkeye.rl.policy_engine import PartialTurn, PolicyEngine, SampledTurn, TurnInterrupted
@@ -68,6 +69,7 @@ class EpisodeState:
     versions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     routes: np.ndarray | None = None
     # [at most P + T, L, K] int16
+    picks: Picks | None = None
     num_turns: int = 0
     num_calls: int = 0
     environment: bytes | None = None
@@ -251,6 +253,7 @@ class _Episode:
             transcript=(*state.transcript, reply.message()),
             partial=None,
             routes=_joined_routes(state.routes, turn.routes),
+            picks=turn.picks if state.picks is None else state.picks.joined(turn.picks),
         )
         self._append(turn.ids, turn)
         return replace(reply, details={"num_tokens": len(turn.ids)})
@@ -287,7 +290,7 @@ class _Episode:
             num_unknown = len(prompt_ids) + len(state.output_ids) - len(routes)
             routes = np.concatenate([routes, np.full((num_unknown, *routes.shape[1:]), -1, dtype=np.int16)])
         arrays = (state.output_ids, state.is_policy, state.logprobs, state.versions)
-        return Rollout(state.id, prompt_ids, *arrays, routes, reason, rewards, self.text)
+        return Rollout(state.id, prompt_ids, *arrays, routes, reason, rewards, self.text, state.picks)
 
 
 async def _within(work: Awaitable[Result], seconds: float, id: RolloutId, what: str) -> Result:

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from openkeye.engine.recorded_answer import Picks
 from openkeye.rl.journal import Event, Journal
 from openkeye.rl.roles import PartialRollout, RolloutOrder, ScoredRollout
 from openkeye.rl.rollout import Rollout, RolloutId
 
 ROLLOUT_ARRAYS = ("prompt_ids", "output_ids", "is_policy", "logprobs", "versions", "routes")
+PICK_PLACES, PICKED_KEYS = "pick_places", "picked_keys"
 EXTRA = "extra."
 # before the names of arrays that a scorer has added
 MIN_COMPARED = 2
@@ -178,11 +180,19 @@ class GroupBook:
         one = group.members[member]
         assert one.finished is not None, f"{group.id(member)} is not finished"
         facts, arrays = one.finished.facts, self.journal.arrays(one.finished)
+        picks = Picks(arrays.pop(PICK_PLACES), arrays.pop(PICKED_KEYS)) if PICK_PLACES in arrays else None
         rewards, extras = facts["rewards"], {}
         if one.scored is not None:
             rewards = one.scored.facts["rewards"]
             extras = {name.removeprefix(EXTRA): array for name, array in self.journal.arrays(one.scored).items()}
-        rollout = Rollout(group.id(member), finish_reason=facts["finish_reason"], rewards=rewards, text=facts["text"], **arrays)
+        rollout = Rollout(
+            id=group.id(member),
+            finish_reason=facts["finish_reason"],
+            rewards=rewards,
+            text=facts["text"],
+            picks=picks,
+            **arrays,
+        )
         return ScoredRollout(rollout, extras)
 
     def usable(self, group: Group) -> list[tuple[int, ScoredRollout]]:
@@ -302,4 +312,7 @@ class GroupBook:
 
 
 def _rollout_arrays(rollout: Rollout) -> dict[str, np.ndarray]:
-    return {name: array for name in ROLLOUT_ARRAYS if (array := getattr(rollout, name)) is not None}
+    arrays = {name: array for name in ROLLOUT_ARRAYS if (array := getattr(rollout, name)) is not None}
+    if rollout.picks is not None:
+        arrays |= {PICK_PLACES: rollout.picks.places_N, PICKED_KEYS: rollout.picks.keys_NLK}
+    return arrays

@@ -276,7 +276,8 @@ class Learner:
             emulates_e4m3=config.emulates_e4m3,
             keeps_vectors=not {"vision", "projector"} & set(config.trains),
         )
-        return self.policy(pack.batch, plan, support_ids, pack.routes, pack.vectors)
+        picks = (pack.pick_rows, pack.picks) if config.attention == "sparse" else (None, None)
+        return self.policy(pack.batch, plan, support_ids, pack.routes, pack.vectors, *picks)
 
     def _step(self, packs: Sequence[LearnerPack]) -> Record | None:
         """One optimizer step; None where no token of any rank has a weight, and then nothing happened."""

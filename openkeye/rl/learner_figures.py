@@ -34,6 +34,7 @@ class LearnerFigures:
     | clip_low_share, clip_high_share, masked_share | of the policy loss's tokens |
     | update/k3 | how far the policy has gone from the one that ratios are to |
     | route_disagreement, route_disagreement_tokens | replayed pairs of token and layer routed elsewhere by these weights |
+    | index_disagreement, index_disagreement_tokens | keys selected in answering that these weights do not select |
     | length, length_max, cut_share, repetition_share, age, age_max, reward/NAME | of rollouts |
     """
 
@@ -59,6 +60,10 @@ class LearnerFigures:
         ):
             if total:
                 self.pairs.add(name, number, total)
+        if output.num_repicked is not None and pack.picks is not None:
+            num_keys, num_tokens = output.num_repicked.unbind()
+            self.pairs.add("index_disagreement", num_keys, pack.num_picks)
+            self.pairs.add("index_disagreement_tokens", num_tokens, pack.picks.shape[1])
         if pack.num_policy:
             self._add_sampled(pack, tokens, output)
         if pack.num_rl:

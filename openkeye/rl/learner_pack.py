@@ -3,8 +3,8 @@
 Rollouts of one prompt share a document: the prompt without its last token is the trunk, and each rollout a branch that begins
 with that token, which has the rollout's first token to predict. So the prompt, with its pictures, is computed once.
 
-Letters: T tokens of the pack, n learnt ones, S rollouts, L layers, K experts a token or tokens of a support; P tokens of a
-rollout's prompt.
+Letters: T tokens of the pack, n learnt ones, S rollouts, L layers, K experts a token, tokens of a support or selected keys; P
+tokens of a rollout's prompt, N tokens whose selected keys the engine has told.
 """
 
 from collections.abc import Sequence
@@ -97,6 +97,12 @@ class LearnerPack:
     # tokens of these with a weight of their divergence
     num_replayed: tuple[int, int]
     # pairs of token and layer, and tokens, whose experts are replayed
+    pick_rows: Tensor | None = None
+    # [N] int64: the tokens whose selected keys are to be compared; None: no rollout tells any
+    picks: Tensor | None = None
+    # [L, N, K] int32: their keys as tokens of the pack, -1 where there are fewer
+    num_picks: int = 0
+    # of these, without -1
     has_proximal: bool = False
     vectors: Tensor | None = None
     # [M, D] of the pictures, where they were computed before and nothing trains them
@@ -280,6 +286,7 @@ def _pack(documents: Sequence[JoinedDocument], num_layers: int, experts: tuple[i
     support_ids, support_logprobs = _support(members, kept)
     routes = None if experts is None else _routes(documents, batch, num_layers, experts)
     is_replayed_LT = None if routes is None else routes[..., 0] >= 0
+    pick_rows, picks = _picks(documents, batch, num_layers)
     return LearnerPack(
         batch=batch,
         members=members,
@@ -295,6 +302,9 @@ def _pack(documents: Sequence[JoinedDocument], num_layers: int, experts: tuple[i
         num_policy=int(is_policy.sum()),
         num_rl=int(tokens.is_rl.sum()),
         num_replayed=(0, 0) if is_replayed_LT is None else (int(is_replayed_LT.sum()), int(is_replayed_LT.any(dim=0).sum())),
+        pick_rows=pick_rows,
+        picks=picks,
+        num_picks=0 if picks is None else int((picks >= 0).sum()),
     )
 
 
@@ -339,3 +349,25 @@ def _routes(
             start = span.start + predictor
             routes[start : start + len(own) - trunk] = own[trunk:]
     return torch.from_numpy(routes).transpose(0, 1).contiguous()
+
+
+def _picks(documents: Sequence[JoinedDocument], batch: PackedBatch, num_layers: int) -> tuple[Tensor | None, Tensor | None]:
+    """`LearnerPack.pick_rows` and `picks`."""
+    rows: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    for one, span in zip(documents, batch.layout.spans, strict=True):
+        for member, predictor in zip(one.members, one.predictors, strict=True):
+            own, trunk = member.rollout.picks, member.num_prompt - 1
+            if own is None or not len(own.places_N):
+                continue
+            if own.keys_NLK.shape[1] != num_layers:
+                raise ValueError(f"{member.rollout.id}: picks of {own.keys_NLK.shape[1]} layers; the model has {num_layers}")
+            for found, places in ((rows, own.places_N), (keys, own.keys_NLK)):
+                moved = np.where(places < trunk, places, places - trunk + predictor) + span.start
+                found.append(np.where(places < 0, -1, moved))
+    if not rows:
+        return None, None
+    width = max(part.shape[2] for part in keys)
+    wide = [np.pad(part, ((0, 0), (0, 0), (width - part.shape[2], 0)), constant_values=-1) for part in keys]
+    picks = torch.from_numpy(np.concatenate(wide).astype(np.int32)).transpose(0, 1).contiguous()
+    return torch.from_numpy(_joined_rows(rows, np.int64)), picks

@@ -60,6 +60,8 @@ class Orchestrator:
         # None: it has to be opened, for the first time or after its process was lost
         self._seconds: dict[str, float] = {}
         # by phase, of the update under way
+        self._published_bytes = 0
+        # of the last version
 
     def run(self, stop_after_seconds: float = math.inf) -> bool:
         """Go on until the last step, the time limit, or Ctrl-C; then save.
@@ -269,8 +271,9 @@ class Orchestrator:
         self.book.record("published", {"version": version})
         for old in folder.glob("version-*"):
             # Those that workers read have to stay; a lost one reads the newest again.
-            if old != Path(weights.path):
+            if str(old) not in (weights.path, *weights.rests_on):
                 old.unlink()
+        self._published_bytes = weights.num_bytes
         self._seconds["publish"] = time.monotonic() - began
 
     async def _evaluate(self) -> Record:
@@ -317,6 +320,8 @@ class Orchestrator:
         if step <= self._logged:
             return
         self._logged = step
+        if "publish" in seconds:
+            record = record | {"publish/bytes": self._published_bytes}
         timing: Record = {f"seconds/{phase}": value for phase, value in seconds.items()}
         timing |= {"seconds_per_step": seconds_per_step, "seconds_left": seconds_per_step * (self.config.num_steps - step)}
         if "sampled_tokens" in record:

@@ -22,7 +22,7 @@ from openkeye.common.checks import InputError
 from openkeye.engine.batch_thread import BatchThread
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.loop import Engine
-from openkeye.engine.recorded_answer import RecordedAnswer
+from openkeye.engine.recorded_answer import Picks, RecordedAnswer
 from openkeye.engine.request import Request
 from openkeye.engine.update_file import read_update, updates_from
 from openkeye.engine.weight_update import Change, WeightUpdate, apply_update
@@ -65,6 +65,8 @@ class PartialTurn:
     routes: np.ndarray | None = None
     # [S, L, K] int16 of the first tokens of prompt, given tokens and these; None where nothing is recorded or computed
     has_mixed_keys: bool = False
+    picks: Picks | None = None
+    # of tokens of prompt, given tokens and these; None where none were kept
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class SampledTurn:
     # whether some tokens were sampled over keys that older weights had made
     num_cached_tokens: int = 0
     # of prompt and given tokens, found in the prefix cache
+    picks: Picks | None = None
+    # of some of the tokens that chose these (`EngineConfig.records_picks_every`)
 
 
 class TurnInterrupted(Exception):
@@ -101,7 +105,7 @@ class PolicyEngine:
     def __init__(self, engine: Engine, config: PolicyConfig | None = None, version: int = 0) -> None:
         """version: of the weights that the engine has loaded.
 
-        Routes are recorded where the engine's `EngineConfig.records_routes` says so.
+        Routes and selected keys are recorded where the engine's `EngineConfig` says so.
         """
         self._engine = engine
         engine.version = version
@@ -263,6 +267,7 @@ class PolicyEngine:
                 partial.versions.tolist(),
                 partial.routes,
                 partial.has_mixed_keys,
+                partial.picks,
             )
         num_known, most = prompt.num_tokens + len(given), self.processor.max_tokens
         num_new = sampling.max_new_tokens - len(record.ids)
@@ -328,6 +333,7 @@ def _partial_of(request: Request) -> PartialTurn:
         np.array(record.versions, dtype=np.int32),
         record.routes_SLK,
         record.has_mixed_keys,
+        record.all_picks(),
     )
 
 
@@ -342,5 +348,12 @@ def _turn_of(request: Request) -> SampledTurn:
         unknown = np.full((num_tokens - len(routes), *routes.shape[1:]), -1, dtype=np.int16)
         routes = np.concatenate([routes, unknown])
     return SampledTurn(
-        partial.ids, partial.logprobs, partial.versions, routes, reason, partial.has_mixed_keys, request.num_cached
+        partial.ids,
+        partial.logprobs,
+        partial.versions,
+        routes,
+        reason,
+        partial.has_mixed_keys,
+        request.num_cached,
+        partial.picks,
     )

@@ -1,8 +1,10 @@
 """`PolicyModel`: one pack in, what the policy says of its learnt tokens out. All calls of the network are made in here.
 
-Letters: T tokens, n learnt tokens, M media tokens, D width, V vocabulary, K tokens of a support, L layers.
+Letters: T tokens, n learnt tokens, M media tokens, D width, V vocabulary, K tokens of a support or selected
+keys, L layers, N tokens whose selected keys are compared.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,8 @@ class PolicyOutput:
     # [M, D] of the pictures, where they are kept
     num_rerouted: Tensor
     # [2]: (token, layer) pairs that were replayed elsewhere than these weights would send them, and tokens with such a layer
+    num_repicked: Tensor | None = None
+    # [2]: keys that attention selected in answering and does not here, and tokens with such a key; None: nothing to compare
 
 
 class PolicyModel(PackedModel):
@@ -57,6 +61,8 @@ class PolicyModel(PackedModel):
         support_ids_nK: Tensor | None = None,
         routes_LTK: Tensor | None = None,
         vectors_MD: Tensor | None = None,
+        pick_rows_N: Tensor | None = None,
+        picks_LNK: Tensor | None = None,
     ) -> PolicyOutput:
         """Run a pack on the device of the parameters.
 
@@ -64,6 +70,7 @@ class PolicyModel(PackedModel):
             support_ids_nK: tokens whose log-probabilities are wanted beside the label's, -1 where unused.
             routes_LTK: experts that tokens are sent to, rows of -1 live (`reference_learning.route_as`); None: all live.
             vectors_MD: of the pictures, from an earlier pass.
+            pick_rows_N: tokens whose selected keys are compared with picks_LNK, those of answering.
         """
         keye = self.keye
         if vectors_MD is None:
@@ -73,7 +80,14 @@ class PolicyModel(PackedModel):
         if plan.indexer_target != "none":
             weights_T = torch.full((batch.num_tokens,), plan.token_weight, device=batch.device)
             teaching = Teaching(plan.indexer_target, weights_T)
-        past = PackedPast(batch.layout, keye.config.indexer.top_k, plan.attention, teaching, emulates_e4m3=plan.emulates_e4m3)
+        past = PackedPast(
+            batch.layout,
+            keye.config.indexer.top_k,
+            plan.attention,
+            teaching,
+            emulates_e4m3=plan.emulates_e4m3,
+            kept_rows_N=pick_rows_N,
+        )
         hidden_TD = keye(self.embed(batch, vectors_MD), batch.position_ids, past)
         self.routes = None
         head_VD = self.head_weight(hidden_TD)
@@ -90,6 +104,7 @@ class PolicyModel(PackedModel):
             past,
             vectors_MD.detach() if plan.keeps_vectors and vectors_MD is not None else None,
             self._num_rerouted(routes_LTK),
+            num_repicked(past.kept_picks, picks_LNK),
         )
 
     @torch.no_grad()
@@ -101,6 +116,21 @@ class PolicyModel(PackedModel):
         for mixture in self.mixtures():
             mixture.rerouted_T = None
         return torch.stack([rerouted_LT.sum(), rerouted_LT.any(dim=0).sum()]).float()
+
+
+@torch.no_grad()
+def num_repicked(own: Mapping[int, Tensor], picks_LNK: Tensor | None) -> Tensor | None:
+    """[2]: how many of the keys [L, N, K] are not among own ones (by layer [N, k]), and tokens with such a key; -1 is none."""
+    if picks_LNK is None or not own:
+        return None
+    # A layer at a time: sorted together, a key that both have has an equal neighbour.
+    missing_LN = []
+    for layer, given_NK in enumerate(picks_LNK.unbind()):
+        both = torch.cat([given_NK.masked_fill(given_NK < 0, -2), own[layer].to(given_NK.dtype)], dim=1).sort(dim=1).values
+        num_shared_N = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(dim=1)
+        missing_LN.append((given_NK >= 0).sum(dim=1) - num_shared_N)
+    missing = torch.stack(missing_LN)
+    return torch.stack([missing.sum(), (missing > 0).any(dim=0).sum()]).float()
 
 
 class LogitsAt(torch.autograd.Function):

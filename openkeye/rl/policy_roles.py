@@ -6,7 +6,8 @@ that pictures and videos never travel.
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -17,23 +18,22 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from openkeye.agents.environment import Environment, Opening
-from openkeye.common.fields import with_fields
 from openkeye.common.launch import num_ranks, rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
-from openkeye.engine.update_file import write_update
-from openkeye.engine.weight_update import WeightUpdate
+from openkeye.engine.update_file import updates_among
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
-from openkeye.rl.advantage import streams_of
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
 from openkeye.rl.environment_pool import EnvironmentPool, HostedEnvironment, environment_pool
 from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.learner import Learner, opened_learner
 from openkeye.rl.learner_pack import LearnerSample, share_out
-from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine, lay_out_prompt
-from openkeye.rl.processes import ProcessLearner, ProcessWorker, RoleProcess, role_folder
+from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine
+from openkeye.rl.processes import ProcessLearner, ProcessScorer, ProcessWorker, RoleProcess, role_folder
+from openkeye.rl.prompts import open_tasks, prompt_of
+from openkeye.rl.publisher import Publisher
+from openkeye.rl.reference_scorer import open_reference_scorer, streams_by
 from openkeye.rl.roles import (
     LearnedRollout,
     LearnerRole,
@@ -44,40 +44,26 @@ from openkeye.rl.roles import (
     Roles,
     RolloutOrder,
     RolloutWorker,
-    ScoredRollout,
     Update,
 )
-from openkeye.rl.rollout import Rollout, RolloutId, TokenStreams
+from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.rl.rollout_document import rollout_document
-from openkeye.rl.run_config import Option, PostTrainingConfig
-from openkeye.tasks.registry import open_task
-from openkeye.tasks.task import Example, Task
+from openkeye.rl.run_config import PostTrainingConfig
+from openkeye.rl.settings import settings_from
+from openkeye.tasks.task import Example
 
 LEARNER_DIR = "learner"
-Settings = TypeVar("Settings")
+RECORDED_STEPS = 512
+# of the engine, of which one keeps the keys that its tokens select
 Result = TypeVar("Result")
-
-
-def open_tasks(config: PostTrainingConfig) -> dict[str, Task]:
-    """The tasks of a run, those of its evaluation among them, by their names in the run.
-
-    Raises:
-        InputError: no such task or option.
-    """
-    named = {**config.evaluation_tasks, **config.tasks}
-    return {name: open_task(task.reader, task.options) for name, task in named.items()}
-
-
-def settings_from(defaults: Settings, options: Mapping[str, Option]) -> Settings:
-    """Typed settings with some fields changed by name."""
-    return with_fields(defaults, [f"{name}={value}" for name, value in options.items()])
 
 
 class EngineWorker:
     """A `RolloutWorker` in the process of its engine."""
 
     def __init__(self, config: PostTrainingConfig) -> None:
-        engine_config = settings_from(EngineConfig(records_routes=True, max_batch_requests=config.num_slots), config.engine)
+        defaults = EngineConfig(records_routes=True, records_picks_every=RECORDED_STEPS, max_batch_requests=config.num_slots)
+        engine_config = settings_from(defaults, config.engine)
         self._policy = PolicyEngine(Engine(config.model_dir, config=engine_config), PolicyConfig(config.seed))
         self._tasks = open_tasks(config)
         self._opened = AsyncExitStack()
@@ -105,7 +91,9 @@ class EngineWorker:
     async def publish(self, weights: Publication) -> None:
         """See `RolloutWorker.publish`."""
         if weights.version > self._policy.version:
-            await self._policy.publish_file(weights.path)
+            # One that is behind begins with the newest whole weights; the others read what has changed.
+            for path in await asyncio.to_thread(updates_among, (*weights.rests_on, weights.path), self._policy.version):
+                await self._policy.publish_file(path)
 
     async def roll(self, order: RolloutOrder, on_partial: OnPartial) -> Rollout | PartialRollout:
         """See `RolloutWorker.roll`."""
@@ -177,6 +165,7 @@ class PolicyLearner:
         self._processor = Processor.load(config.model_dir)
         self._opened = ExitStack()
         self._learner: Learner | None = None
+        self._publisher = Publisher()
         self._prompts: dict[tuple[str, int], Prompt] = {}
         # the last one
         self._thread = ThreadPoolExecutor(1, "openkeye-learner")
@@ -219,6 +208,8 @@ class PolicyLearner:
 
     def _open(self) -> int:
         self._opened.close()
+        # Steps that are repeated need not make the same bits: what was published before is nothing to tell changes against.
+        self._publisher = Publisher()
         self._learner = self._opened.enter_context(opened_learner(self._learner_config, self._algorithm))
         return self._learner.version
 
@@ -236,33 +227,23 @@ class PolicyLearner:
         version = self._own.version
         if not version:
             # Workers begin with these weights.
+            if not rank():
+                self._publisher.begin(self._own.weights())
+            else:
+                deque(self._own.weights(), maxlen=0)
             return Publication(0, self._config.model_dir)
         # All ranks go through the weights, and one writes them.
-        tensors = dict(self._own.weights())
         if rank():
+            deque(self._own.weights(), maxlen=0)
             return Publication(version, str(path))
-        return Publication(version, str(write_update(path.parent, WeightUpdate(version, tensors))))
+        return self._publisher.publish(version, self._own.weights(), path.parent)
 
     def _prompt(self, rollout: Rollout) -> Prompt:
         """As the engine laid it out. Members of a group follow one another, and are asked the same."""
         key = rollout.id.task, rollout.id.number
         if key not in self._prompts:
-            self._prompts = {key: self._laid_out(*key)}
+            self._prompts = {key: prompt_of(self._tasks[key[0]], key[1], self._processor)}
         return self._prompts[key]
-
-    def _laid_out(self, name: str, number: int) -> Prompt:
-        example = self._tasks[name].read(number)
-        if example.environment is None:
-            return lay_out_prompt(example.messages, self._processor, example.tools)
-        opening = asyncio.run(_opening(example.environment))
-        return lay_out_prompt(opening.messages, self._processor, opening.tools)
-
-
-async def _opening(environment: Environment) -> Opening:
-    try:
-        return await environment.reset()
-    finally:
-        await environment.close()
 
 
 async def open_worker(config: PostTrainingConfig, folder: Path) -> RolloutWorker:
@@ -277,11 +258,6 @@ async def open_learner(config: PostTrainingConfig) -> LearnerRole:
     return await asyncio.to_thread(PolicyLearner, config)
 
 
-def streams_by(algorithm: AlgorithmConfig, group: Sequence[ScoredRollout]) -> list[TokenStreams] | None:
-    """See `roles.StreamsOf`."""
-    return streams_of([scored.rollout for scored in group], algorithm)
-
-
 @asynccontextmanager
 async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     """An engine a worker, and the learner; with `num_workers=0` all in this process.
@@ -290,13 +266,17 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
         InputError: tasks or settings that are not known; a role that cannot be opened.
     """
     sizes = {name: task.num_examples for name, task in open_tasks(config).items()}
-    streams = partial(streams_by, settings_from(AlgorithmConfig(), config.algorithm))
+    algorithm = settings_from(AlgorithmConfig(), config.algorithm)
+    streams, has_reference = partial(streams_by, algorithm), algorithm.ref_kl_weight > 0
     if not config.num_workers:
         worker, learner = await asyncio.to_thread(EngineWorker, config), await asyncio.to_thread(PolicyLearner, config)
+        scorers = [await open_reference_scorer(config)] if has_reference else []
         try:
             await worker.open_environments()
-            yield Roles(learner, [worker], (), streams, sizes)
+            yield Roles(learner, [worker], scorers, streams, sizes)
         finally:
+            for scorer in scorers:
+                await scorer.close()
             await worker.close()
             learner.close()
         return
@@ -315,9 +295,15 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
                     environment=gpus(config.num_ranks + number, 1),
                 )
             )
+        for number in range(max(1, config.num_scorers) if has_reference else 0):
+            place = gpus(config.num_ranks + config.num_workers + number, 1)
+            opens = partial(open_reference_scorer, config)
+            processes.append(RoleProcess(folder, f"scorer{number}", opens, environment=place))
         try:
-            workers = [ProcessWorker(process, config.num_slots) for process in processes[1:]]
-            yield Roles(ProcessLearner(processes[0]), workers, (), streams, sizes)
+            first_scorer = 1 + config.num_workers
+            workers = [ProcessWorker(process, config.num_slots) for process in processes[1:first_scorer]]
+            scoring = [ProcessScorer(process) for process in processes[first_scorer:]]
+            yield Roles(ProcessLearner(processes[0]), workers, scoring, streams, sizes)
         finally:
             await asyncio.gather(*(process.stop() for process in processes))
 

@@ -36,6 +36,10 @@ class Publication:
     # counts updates: version n has learnt n times
     path: str
     # a file or folder that all roles can read
+    rests_on: tuple[str, ...] = ()
+    # older files that whoever is behind needs besides, where this one is told as changes to another version
+    num_bytes: int = 0
+    # that were written
 
 
 @dataclass(frozen=True)

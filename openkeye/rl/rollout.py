@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from openkeye.engine.recorded_answer import Picks
+
 FINISHES = ("stop", "length", "failed")
 
 
@@ -52,6 +54,8 @@ class Rollout:
     # by name; empty until scored
     text: str = ""
     # of the last turn, for logs and rewards
+    picks: Picks | None = None
+    # keys that attention selected, of a share of the tokens that chose the next one
 
     def __post_init__(self) -> None:
         length = len(self.output_ids)
@@ -61,6 +65,8 @@ class Rollout:
             raise ValueError(f"{self.id}: finish_reason is {self.finish_reason!r}; give one of {', '.join(FINISHES)}")
         if self.routes is not None and self.routes.shape[0] != len(self.prompt_ids) + length:
             raise ValueError(f"{self.id}: routes of {self.routes.shape[0]} tokens, {len(self.prompt_ids) + length} expected")
+        if self.picks is not None and len(places := self.picks.places_N) and places[-1] >= len(self.prompt_ids) + length:
+            raise ValueError(f"{self.id}: picks of token {places[-1]} of {len(self.prompt_ids) + length}")
 
     @property
     def num_policy_tokens(self) -> int:

@@ -93,7 +93,10 @@ class PostTrainingConfig:
     # rollouts that a worker plays at once
     num_environments: int = 0
     # processes beside each worker that environments act in; 0: in the worker's own, which one that hangs takes along
+    reference_dir: str = ""
+    # weights of the reference policy, where `algorithm.ref_kl_weight` is above 0; empty: those of model_dir
     num_scorers: int = 0
+    # processes with the reference policy beside those of workers; where it is asked at all there is one
     num_ranks: int = 1
     # processes that train, where num_workers is above 0
     save_every_steps: int = 10

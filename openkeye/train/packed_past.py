@@ -1,6 +1,7 @@
 """`PackedPast`: the past of a `PackedBatch`, dense or sparse, with the indexer's loss taken in the same walk.
 
-Letters: T tokens of the pack, H query heads, G KV heads, D head width, J indexer heads, I indexer width, K picked keys.
+Letters: T tokens of the pack, H query heads, G KV heads, D head width, J indexer heads, I indexer width, K picked keys, N
+tokens whose picks are kept.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class PackedPast:
         emulates_e4m3: the indexer's queries and keys are rounded as answering in e4m3 rounds them; gradients pass straight
             through.
 
+        kept_rows_N: tokens whose selected keys are kept in `kept_picks`, by layer [N, K], -1 where there are fewer.
+
     Raises:
         ValueError: an attention of another name, no tokens, or top_k below 1.
     """
@@ -62,6 +65,7 @@ class PackedPast:
         teaching: Teaching | None = None,
         wants_metrics: bool = False,
         emulates_e4m3: bool = False,
+        kept_rows_N: Tensor | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
             raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -71,6 +75,8 @@ class PackedPast:
             raise ValueError(f"teaching needs weights [{layout.num_tokens}], got {list(teaching.weights_T.shape)}")
         self.layout, self.top_k, self.attention, self.teaching = layout, top_k, attention, teaching
         self.wants_metrics, self.emulates_e4m3 = wants_metrics, emulates_e4m3
+        self.kept_rows_N = kept_rows_N
+        self.kept_picks: dict[int, Tensor] = {}
         self._visible: VisibleKeys | None = None
         self._losses: dict[int, Tensor] = {}
         self._divergences: dict[int, Tensor] = {}
@@ -133,6 +139,8 @@ class PackedPast:
         if index is None:
             return packs.branched_attention(*trunk, visible, scale)
         picked, index = self._select(index, visible)
+        if self.kept_rows_N is not None and picked is not None:
+            self.kept_picks.setdefault(layer_index, picked[self.kept_rows_N])
         if self.wants_metrics and layer_index not in self._metrics:
             self._measure(layer_index, query_THD, key_TGD, index, picked, scale)
         if self.teaching is None:
