@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from openkeye.agents.environment import Environment, Opening
-from openkeye.common.fields import with_fields
+from openkeye.common.fields import with_options
 from openkeye.common.launch import num_ranks, rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
@@ -28,6 +28,7 @@ from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.advantage import streams_of
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
+from openkeye.rl.context_rl import RecoverySettings, reports_on, with_report
 from openkeye.rl.environment_pool import EnvironmentPool, HostedEnvironment, environment_pool
 from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.learner import Learner, opened_learner
@@ -35,12 +36,14 @@ from openkeye.rl.learner_pack import LearnerSample, share_out
 from openkeye.rl.policy_engine import PolicyConfig, PolicyEngine, lay_out_prompt
 from openkeye.rl.processes import ProcessLearner, ProcessWorker, RoleProcess, role_folder
 from openkeye.rl.roles import (
+    AskedAgain,
     LearnedRollout,
     LearnerRole,
     OnPartial,
     PartialRollout,
     Publication,
     Record,
+    ReportOn,
     Roles,
     RolloutOrder,
     RolloutWorker,
@@ -49,12 +52,11 @@ from openkeye.rl.roles import (
 )
 from openkeye.rl.rollout import Rollout, RolloutId, TokenStreams
 from openkeye.rl.rollout_document import rollout_document
-from openkeye.rl.run_config import Option, PostTrainingConfig
-from openkeye.tasks.registry import open_task
+from openkeye.rl.run_config import PostTrainingConfig
+from openkeye.tasks.registry import open_reporter, open_task
 from openkeye.tasks.task import Example, Task
 
 LEARNER_DIR = "learner"
-Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
 
@@ -68,23 +70,19 @@ def open_tasks(config: PostTrainingConfig) -> dict[str, Task]:
     return {name: open_task(task.reader, task.options) for name, task in named.items()}
 
 
-def settings_from(defaults: Settings, options: Mapping[str, Option]) -> Settings:
-    """Typed settings with some fields changed by name."""
-    return with_fields(defaults, [f"{name}={value}" for name, value in options.items()])
-
-
 class EngineWorker:
     """A `RolloutWorker` in the process of its engine."""
 
     def __init__(self, config: PostTrainingConfig) -> None:
-        engine_config = settings_from(EngineConfig(records_routes=True, max_batch_requests=config.num_slots), config.engine)
+        engine_config = with_options(EngineConfig(records_routes=True, max_batch_requests=config.num_slots), config.engine)
         self._policy = PolicyEngine(Engine(config.model_dir, config=engine_config), PolicyConfig(config.seed))
         self._tasks = open_tasks(config)
+        self._recovery = with_options(RecoverySettings(), config.recovery)
         self._opened = AsyncExitStack()
         self._config = config
         self._asked: dict[tuple[str, int], asyncio.Task[tuple[Example, Prompt | None]]] = {}
         # the last examples
-        self._limits = settings_from(
+        self._limits = with_options(
             EpisodeLimits(max_turn_tokens=config.max_tokens, step_seconds=config.rollout_seconds), config.episode
         )
 
@@ -114,6 +112,8 @@ class EngineWorker:
         example, prompt = await self._asked_of(id)
         if example.environment is not None and EnvironmentPool.current is not None:
             example = replace(example, environment=HostedEnvironment(example.environment, order.label))
+        if order.again is not None:
+            example, prompt = with_report(example, order.again, self._recovery.shows_attempt), None
         sampling = SamplingParameters(temperature=config.temperature, top_p=config.top_p)
         if order.is_evaluation:
             sampling = SamplingParameters(temperature=0.0)
@@ -170,14 +170,15 @@ class PolicyLearner:
 
     def __init__(self, config: PostTrainingConfig) -> None:
         self._config = config
-        self._algorithm = settings_from(AlgorithmConfig(), config.algorithm)
+        self._algorithm = with_options(AlgorithmConfig(), config.algorithm)
         learner = LearnerConfig(model_dir=config.model_dir, run_dir=str(Path(config.run_dir) / LEARNER_DIR))
-        self._learner_config = settings_from(learner, config.learner)
+        self._learner_config = with_options(learner, config.learner)
         self._tasks = open_tasks(config)
         self._processor = Processor.load(config.model_dir)
         self._opened = ExitStack()
         self._learner: Learner | None = None
-        self._prompts: dict[tuple[str, int], Prompt] = {}
+        self._recovery = with_options(RecoverySettings(), config.recovery)
+        self._prompts: dict[tuple[str, int, AskedAgain | None], Prompt] = {}
         # the last one
         self._thread = ThreadPoolExecutor(1, "openkeye-learner")
 
@@ -229,7 +230,7 @@ class PolicyLearner:
         return {name: _mean([record[name] for record in records if name in record]) for name in records[-1]}
 
     def _sample(self, learned: LearnedRollout) -> LearnerSample:
-        document = rollout_document(self._prompt(learned.rollout), learned.rollout)
+        document = rollout_document(self._prompt(learned), learned.rollout)
         return LearnerSample(document, learned.rollout, learned.streams)
 
     def _publish(self, path: Path) -> Publication:
@@ -243,15 +244,17 @@ class PolicyLearner:
             return Publication(version, str(path))
         return Publication(version, str(write_update(path.parent, WeightUpdate(version, tensors))))
 
-    def _prompt(self, rollout: Rollout) -> Prompt:
-        """As the engine laid it out. Members of a group follow one another, and are asked the same."""
-        key = rollout.id.task, rollout.id.number
+    def _prompt(self, learned: LearnedRollout) -> Prompt:
+        """As the engine laid it out. Members of a group follow one another, and most are asked the same."""
+        key = learned.rollout.id.task, learned.rollout.id.number, learned.again
         if key not in self._prompts:
             self._prompts = {key: self._laid_out(*key)}
         return self._prompts[key]
 
-    def _laid_out(self, name: str, number: int) -> Prompt:
+    def _laid_out(self, name: str, number: int, again: AskedAgain | None) -> Prompt:
         example = self._tasks[name].read(number)
+        if again is not None:
+            example = with_report(example, again, self._recovery.shows_attempt)
         if example.environment is None:
             return lay_out_prompt(example.messages, self._processor, example.tools)
         opening = asyncio.run(_opening(example.environment))
@@ -289,13 +292,15 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     Raises:
         InputError: tasks or settings that are not known; a role that cannot be opened.
     """
-    sizes = {name: task.num_examples for name, task in open_tasks(config).items()}
-    streams = partial(streams_by, settings_from(AlgorithmConfig(), config.algorithm))
+    tasks = open_tasks(config)
+    sizes = {name: task.num_examples for name, task in tasks.items()}
+    report_on = reports_of(config, tasks)
+    streams = partial(streams_by, with_options(AlgorithmConfig(), config.algorithm))
     if not config.num_workers:
         worker, learner = await asyncio.to_thread(EngineWorker, config), await asyncio.to_thread(PolicyLearner, config)
         try:
             await worker.open_environments()
-            yield Roles(learner, [worker], (), streams, sizes)
+            yield Roles(learner, [worker], (), streams, sizes, report_on)
         finally:
             await worker.close()
             learner.close()
@@ -317,9 +322,28 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
             )
         try:
             workers = [ProcessWorker(process, config.num_slots) for process in processes[1:]]
-            yield Roles(ProcessLearner(processes[0]), workers, (), streams, sizes)
+            yield Roles(ProcessLearner(processes[0]), workers, (), streams, sizes, report_on)
         finally:
             await asyncio.gather(*(process.stop() for process in processes))
+
+
+def reports_of(config: PostTrainingConfig, tasks: Mapping[str, Task]) -> ReportOn | None:
+    """Reports on failed groups, where the run asks them again.
+
+    Raises:
+        InputError: a task whose mistakes nobody tells of.
+    """
+    settings = with_options(RecoverySettings(), config.recovery)
+    if not settings.is_on:
+        return None
+    reporters = {name: open_reporter(task.reader) for name, task in config.tasks.items()}
+
+    async def report_on(group: Sequence[Rollout]) -> list[AskedAgain]:
+        id = group[0].id
+        example = await asyncio.to_thread(tasks[id.task].read, id.number)
+        return (await reports_on(group, example, reporters[id.task], settings))[0]
+
+    return report_on
 
 
 def gpus(first: int, number: int) -> dict[str, str]:
