@@ -67,7 +67,9 @@ def smoke(
     config = agent_rl((1,), model_dir=model_dir, run_dir=run_dir, out_dir=out_dir, num_steps=num_steps)
     learner = {**config.learner, "tokens_per_pack": 4096}
     small = {"group_size": 4, "groups_per_step": 2, "num_slots": 12, "evaluate_every": num_steps, "num_evaluation_examples": 4}
-    return replace(config, learner=learner, **small)
+    # The bundled model solves none of these, so that no group would be left.
+    algorithm = {**config.algorithm, "drops_zero_variance": False}
+    return replace(config, learner=learner, algorithm=algorithm, **small)
 
 
 def _options(level: int, split: str, seed: int) -> dict[str, str | int | float | bool]:

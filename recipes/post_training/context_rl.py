@@ -2,8 +2,8 @@
 
     bash recipes/post_training/context_rl.sh
 
-The start (`text_sft`) has learnt references of which a share has the right answer behind a wrong step, or behind none. Then GSPO
-by `reward=outcome` or `reward=context` (outcome times process), with failed groups asked again or not; three seeds of each.
+The start (`text_sft`) has learnt references of which a share has the right answer behind a wrong step, or behind none. Then
+GSPO by `reward=outcome` or `reward=context` (outcome times process), failed groups asked again or not; three seeds of each.
 """
 
 from dataclasses import replace
@@ -79,4 +79,6 @@ def smoke(
     config = context_rl(reward, recovers, model_dir=model_dir, run_dir=run_dir, out_dir=out_dir, num_steps=num_steps)
     learner = {**config.learner, "tokens_per_pack": 4096}
     small = {"group_size": 4, "groups_per_step": 2, "num_slots": 12, "evaluate_every": num_steps, "num_evaluation_examples": 4}
-    return replace(config, learner=learner, **small)
+    # The bundled model solves none of these, so that no group would be left.
+    algorithm = {**config.algorithm, "drops_zero_variance": False}
+    return replace(config, learner=learner, algorithm=algorithm, **small)
