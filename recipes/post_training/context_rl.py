@@ -6,12 +6,15 @@ The start (`text_sft`) has learnt references of which a share has the right answ
 GSPO by `reward=outcome` or `reward=context` (outcome times process), failed groups asked again or not; three seeds of each.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from openkeye.common.checks import InputError
-from openkeye.rl.run_config import PostTrainingConfig, TaskConfig
+from openkeye.rl.run_config import Option, PostTrainingConfig, TaskConfig
 
 REWARDS = ("outcome", "context")
+MAX_NUMBER = 15
+# in questions
 ROLES = "openkeye.rl.policy_roles:open_roles"
 
 
@@ -42,23 +45,25 @@ def context_rl(
     """
     if reward not in REWARDS:
         raise InputError(f"reward is {reward!r}; give one of {', '.join(REWARDS)}")
+    recovery: Mapping[str, Option] = {"is_on": True, "reward": reward, "trained_on": trained_on, "shows_attempt": False}
     return PostTrainingConfig(
         model_dir=model_dir,
         run_dir=run_dir,
         out_dir=out_dir,
-        tasks={"arithmetic": TaskConfig("arithmetic", options={"seed": seed + 1})},
-        evaluation_tasks={"held_out": TaskConfig("arithmetic", options={"split": "test"})},
+        tasks={"arithmetic": TaskConfig("arithmetic", options={"seed": seed + 1, "max_number": MAX_NUMBER})},
+        evaluation_tasks={"held_out": TaskConfig("arithmetic", options={"split": "test", "max_number": MAX_NUMBER})},
         num_steps=num_steps,
         opens=ROLES,
         group_size=8,
         groups_per_step=16,
-        oversampling=1.5,
-        max_age=0,
+        oversampling=1.0,
+        max_age=1,
         max_tokens=96,
-        num_slots=192,
+        num_slots=128,
         algorithm={"reward_weights": "", f"reward_weights.{reward}": 1.0},
         learner={"rate": rate, "num_warmup_steps": 5, "tokens_per_pack": 16_384},
-        recovery={"is_on": True, "reward": reward, "trained_on": trained_on} if recovers else {},
+        # (the start has learnt to read reports without the attempt: `retries`)
+        recovery=recovery if recovers else {},
         evaluate_every=evaluate_every,
         num_evaluation_examples=num_evaluation_examples,
         seed=seed,

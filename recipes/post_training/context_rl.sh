@@ -17,7 +17,7 @@ ARMS=${ARMS:-outcome context outcome+recovery context+recovery}
 SFT_STEPS=${SFT_STEPS:-300} RL_STEPS=${RL_STEPS:-60} SFT_WORDS=${SFT_WORDS:-} RL_WORDS=${RL_WORDS:-}
 SAMPLES=${SAMPLES:-4}
 
-held_out() { score "$1" "$2/held_out.json" arithmetic split=test --num "$NUM" --samples "$SAMPLES" --max-tokens 96; }
+held_out() { score "$1" "$2/held_out.json" arithmetic split=test max_number=15 --num "$NUM" --samples "$SAMPLES" --max-tokens 96; }
 
 arm() { # NAME-seedN
     local name=${1%-seed*} seed=${1##*-seed} recovers=false
@@ -27,8 +27,13 @@ arm() { # NAME-seedN
     held_out "$RUN/$1/model" "$RUN/$1"
 }
 
-references "$RUN/arithmetic.jsonl" "${NUM_REFERENCES:-40000}" arithmetic unsound_share=0.6
-train train text_sft.py "$RUN/start" data.arithmetic="$RUN/arithmetic.jsonl" model_dir="$FROM" run_dir="$RUN/sft" \
+references "$RUN/arithmetic.jsonl" "${NUM_REFERENCES:-40000}" arithmetic unsound_share=0.5 max_number=15
+if [ ! -f "$RUN/retries.jsonl" ]; then
+    $PYTHON -m recipes.post_training.retries "$RUN/retries.unfinished" "${NUM_REFERENCES:-8000}" seed=1000 max_number=15
+    mv "$RUN/retries.unfinished" "$RUN/retries.jsonl"
+fi
+train train text_sft.py "$RUN/start" data.arithmetic="$RUN/arithmetic.jsonl" \
+    data.retries="$RUN/retries.jsonl" weights.retries=0.15 model_dir="$FROM" run_dir="$RUN/sft" \
     num_steps="$SFT_STEPS" $SFT_WORDS
 held_out "$RUN/start" "$RUN/start-scores"
 runs=()

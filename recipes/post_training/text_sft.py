@@ -13,10 +13,12 @@ from recipes.whole_story import SOURCES, WITH_INDEXER
 
 OLD = ("pictures", "short")
 # of what openkeye-tiny has learnt: pictures, clips of 8-30 s
+ALIKE: Mapping[str, float] = {}
 
 
 def text_sft(
     data: Mapping[str, str],
+    weights: Mapping[str, float] = ALIKE,
     model_dir: str = "openkeye-tiny",
     run_dir: str = "runs/post_training/sft",
     out_dir: str = "runs/post_training/start",
@@ -32,19 +34,23 @@ def text_sft(
 
     Args:
         data: JSON lines of `openkeye tasks --references`, by any names.
+        weights: how often they come, by those names (default: 1 each).
         tokens_per_step: in packs of one context.
         old_weight: samples of the old data for one of the new; 0 leaves it out.
         rate: the peak.
 
     Raises:
-        InputError: no data, or a step smaller than the context.
+        InputError: no data, weights of other names, or a step smaller than the context.
     """
     if not data:
         raise InputError("data is empty; give data.NAME=FILE, a file of `openkeye tasks NAME --references FILE`")
     if tokens_per_step < context:
         raise InputError(f"tokens_per_step is {tokens_per_step}; give at least the context, {context}")
     sources = {name: SourceConfig("chat_json_lines", path) for name, path in data.items()}
-    mixture = tuple(Share(name, 1.0 / len(data)) for name in data)
+    if unknown := [name for name in weights if name not in data]:
+        raise InputError(f"weights names {', '.join(unknown)}; data has {', '.join(data)}")
+    total = sum(weights.get(name, 1.0) for name in data)
+    mixture = tuple(Share(name, weights.get(name, 1.0) / total) for name in data)
     if old_weight:
         sources |= {name: SourceConfig(SOURCES[name].reader, options={**SOURCES[name].options, "seed": seed}) for name in OLD}
         mixture += tuple(Share(name, old_weight / len(OLD)) for name in OLD)

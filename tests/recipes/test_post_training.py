@@ -1,5 +1,6 @@
 """The recipes of post-training: two small steps of each, their scripts in pieces, and the table of their scores."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,7 +14,11 @@ from openkeye.apps.curves import read_log
 from openkeye.apps.recipe_files import open_recipe, settings_of
 from openkeye.common.checks import InputError
 from openkeye.rl.run_config import PostTrainingConfig
+from openkeye.tasks.mistake_reports import holds_answer
+from openkeye.tasks.registry import open_task
+from openkeye.tasks.task import Response
 from openkeye.train.config import RunConfig
+from recipes.post_training.retries import retry_chats
 from recipes.post_training.table import estimate, table
 
 HERE = Path(__file__).parents[2] / "recipes" / "post_training"
@@ -30,8 +35,25 @@ def test_sft_mixes_references_with_what_was_learnt_before():
     assert weights == {"a": 0.5, "b": 0.5, "pictures": 0.1, "short": 0.1} and config.num_steps == 7
     assert config.stages[0].packs_per_step * config.stages[0].context == 32_768
     assert "short" not in settings("text_sft.py", "data.a=a", "old_weight=0", kind=RunConfig).sources
+    weighted = settings("text_sft.py", "data.a=a", "data.b=b", "weights.b=0.25", "old_weight=0", kind=RunConfig)
+    assert [share.weight for share in weighted.stages[0].mixture] == pytest.approx([0.8, 0.2])
+    with pytest.raises(InputError, match="weights names c"):
+        settings("text_sft.py", "data.a=a", "weights.c=1", kind=RunConfig)
     with pytest.raises(InputError, match="data is empty"):
         open_recipe(str(HERE / "text_sft.py"))({})
+
+
+def test_retries_ask_with_a_report_that_does_not_hold_the_answer():
+    task = open_task("arithmetic", {"seed": 5})
+    chats = list(retry_chats(40, ["seed=5"]))
+    questions = {task.read(number).facts["question"]: task.read(number) for number in range(40)}
+    assert len(chats) > 20
+    for chat in chats:
+        asked, answered = chat["messages"]
+        question, report = asked["content"].split("\n", 1)
+        example = questions[question]
+        assert "answer is wrong" in report and not holds_answer(report, example)
+        assert asyncio.run(task.score(example, Response(answered["content"])))["context"] == 1.0
 
 
 def test_arms_differ_in_what_they_learn_by():
