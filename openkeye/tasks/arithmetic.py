@@ -22,6 +22,8 @@ from openkeye.tasks.task import Example, Response
 SPACES = {"train": 20, "test": 21}
 # first words of the seeds: no question of one is drawn from the other's numbers
 REWARDS = ("outcome", "context")
+GUESS = ("I see it",)
+# a reasoning of no steps; none at all would not be well formed, and earn nothing
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ArithmeticOptions:
     num_examples: int = 0
     # 0: without end
     unsound_share: float = 0.0
-    # of the references: the right answer behind a wrong step, or behind none (half each), as a policy starts that guesses
+    # of the references: the right answer behind a wrong step, or behind a bare claim (half each), as a policy starts that guesses
 
     def __post_init__(self) -> None:
         if self.split not in SPACES:
@@ -96,7 +98,7 @@ class ArithmeticTask:
         question = KINDS[kind](rng, self.options.max_number)
         steps = question.steps
         if rng.random() < self.options.unsound_share:
-            steps = _slipped(rng, steps) if rng.random() < 0.5 else ()
+            steps = _slipped(rng, steps) if rng.random() < 0.5 else GUESS
         facts: Mapping[str, Any] = {
             "answer": question.answer,
             "solution": "\n".join(question.steps),

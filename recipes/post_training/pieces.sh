@@ -38,14 +38,17 @@ score() { # MODEL FILE TASK WORDS...: a report of `openkeye evaluate task`
     mv "$file.unfinished" "$file"
 }
 
-side_by_side() { # FUNCTION WORD...: the function for every word, JOBS at once; the worst status of all
-    local function=$1 worst=0 job
+side_by_side() { # FUNCTION WORD...: the function for every word, JOBS at once; exits with the worst status, after all have ended
+    local function=$1 worst=0 word started=()
     shift
-    for word in "$@"; do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || worst=$?; done
-        "$function" "$word" &
+    while [ "$#" -gt 0 ]; do
+        started=()
+        for word in "${@:1:JOBS}"; do
+            "$function" "$word" &
+            started+=("$!")
+        done
+        shift "$(($# < JOBS ? $# : JOBS))"
+        for word in "${started[@]}"; do wait "$word" || worst=$(($? > worst ? $? : worst)); done
     done
-    while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n || worst=$?; done
-    for job in $(jobs -p); do wait "$job" || worst=$?; done
     if [ "$worst" -ne 0 ]; then exit "$worst"; fi
 }

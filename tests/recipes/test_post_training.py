@@ -98,6 +98,15 @@ def test_scripts_are_whole_and_stop_where_their_time_is_up(tmp_path):
     assert len(lines) == 3 and json.loads(lines[0])["task"] == "arithmetic"
 
 
+def test_runs_side_by_side_all_end_and_the_worst_status_counts(tmp_path):
+    script = f"""source {HERE}/pieces.sh
+    one() {{ sleep 0.$1; touch {tmp_path}/$1; if [ "$1" = 2 ]; then exit 3; fi; }}
+    side_by_side one 3 2 1 4 5
+    touch {tmp_path}/behind"""
+    ended = subprocess.run(["bash", "-c", script], env=os.environ | {"JOBS": "2"}, check=False)
+    assert ended.returncode == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "5"]
+
+
 def test_intervals_are_students(tmp_path):
     # s = 1, n = 3: t(0.975, 2) = 4.3027.
     three = estimate([1.0, 2.0, 3.0])
