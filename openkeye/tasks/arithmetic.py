@@ -52,7 +52,7 @@ class ArithmeticOptions:
     num_examples: int = 0
     # 0: without end
     unsound_share: float = 0.0
-    # of the references: the right answer behind a wrong step, or behind a bare claim (half each), as a policy starts that guesses
+    # of the references: the right answer behind a wrong step, or behind a bare claim (half each)
 
     def __post_init__(self) -> None:
         if self.split not in SPACES:
