@@ -3,7 +3,7 @@
     bash recipes/post_training/context_rl.sh
 
 The start (`text_sft`) has learnt references of which a share has the right answer behind a wrong step, or behind a bare claim.
-Then GSPO by `reward=outcome` or `reward=context` (outcome times process), failed groups asked again or not; three seeds of each.
+Then GSPO by `reward=outcome` or `reward=context` (outcome times process), failed groups asked again or not; three seeds each.
 """
 
 from collections.abc import Mapping

@@ -38,6 +38,12 @@ score() { # MODEL FILE TASK WORDS...: a report of `openkeye evaluate task`
     mv "$file.unfinished" "$file"
 }
 
+reaches() { # FOLDER LEAST: whether the mean "outcome" over the reports in it is so high
+    $PYTHON -c "import json, pathlib, sys
+scores = [json.loads(path.read_text())['rewards']['outcome']['mean'] for path in pathlib.Path(sys.argv[1]).glob('*.json')]
+sys.exit(sum(scores) / len(scores) < float(sys.argv[2]))" "$1" "$2"
+}
+
 side_by_side() { # FUNCTION WORD...: the function for every word, JOBS at once; exits with the worst status, after all have ended
     local function=$1 worst=0 word started=()
     shift

@@ -107,6 +107,15 @@ def test_runs_side_by_side_all_end_and_the_worst_status_counts(tmp_path):
     assert ended.returncode == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize(("least", "status"), [("0.2", 0), ("0.4", 1)])
+def test_a_start_is_good_enough_by_the_mean_of_its_reports(tmp_path, least, status):
+    for name, mean in (("a", 0.2), ("b", 0.4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rewards": {"outcome": {"mean": mean}}}))
+    script = f"source {HERE}/pieces.sh; reaches {tmp_path} {least}"
+    ended = subprocess.run(["bash", "-c", script], env=os.environ | {"PYTHON": sys.executable}, check=False)
+    assert ended.returncode == status
+
+
 def test_intervals_are_students(tmp_path):
     # s = 1, n = 3: t(0.975, 2) = 4.3027.
     three = estimate([1.0, 2.0, 3.0])
