@@ -21,6 +21,7 @@ import numpy as np
 
 from openkeye.agents.model_client import Message
 from openkeye.common.checks import InputError
+from openkeye.rl.roles import AskedAgain
 from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.tasks.mistake_reports import Attempt, MistakeReporter, checked_report
 from openkeye.tasks.rewards.reading import answer_text, reasoning_text
@@ -90,14 +91,27 @@ class RecoveredGroup:
 def has_failed(group: Sequence[Rollout], settings: RecoverySettings) -> bool:
     """Whether no rollout of a group succeeded, though at least one was an answer."""
     answers = [rollout for rollout in group if rollout.finish_reason != "failed"]
-    return bool(answers) and all(rollout.rewards[settings.reward] < settings.success for rollout in answers)
+    return bool(answers) and not any(is_success(rollout.rewards, settings) for rollout in answers)
 
 
-def with_report(example: Example, attempt_text: str, report: str, shows_attempt: bool) -> Example:
+def is_success(rewards: Mapping[str, float], settings: RecoverySettings) -> bool:
+    """Whether these are the rewards of a rollout that has not failed.
+
+    Raises:
+        InputError: the reward that tells is not among them.
+    """
+    if settings.reward not in rewards:
+        raise InputError(
+            f"recovery.reward is {settings.reward!r}, and a rollout has {', '.join(rewards) or 'none'}; name one that it has"
+        )
+    return rewards[settings.reward] >= settings.success
+
+
+def with_report(example: Example, again: AskedAgain, shows_attempt: bool) -> Example:
     """The example asked again: the attempt and the report as turns, or the report behind the question alone."""
-    words = RETRY_PROMPT.format(report)
+    words = RETRY_PROMPT.format(again.report)
     if shows_attempt:
-        turns: tuple[Message, ...] = ({"role": "assistant", "content": attempt_text}, {"role": "user", "content": words})
+        turns: tuple[Message, ...] = ({"role": "assistant", "content": again.attempt}, {"role": "user", "content": words})
         return replace(example, messages=(*example.messages, *turns))
     *others, last = example.messages
     content = last["content"]
@@ -132,35 +146,44 @@ async def recover(
     """
     if not settings.is_on or not has_failed(group, settings):
         return RecoveredGroup(tuple(group), settings.trained_on)
+    chosen, num_refused = await reports_on(group, example, reporter, settings)
+    if not chosen:
+        return RecoveredGroup(tuple(group), settings.trained_on, num_refused_reports=num_refused)
+    first = max(rollout.id.member for rollout in group) + 1
+    retries = await asyncio.gather(
+        *(
+            ask(with_report(example, again, settings.shows_attempt), replace(group[0].id, member=first + n))
+            for n, again in enumerate(chosen)
+        )
+    )
+    succeeded = [retry for retry in retries if retry.finish_reason != "failed" and is_success(retry.rewards, settings)]
+    joined = [as_learnt(retry, group[0].prompt_ids, settings) for retry in succeeded[: settings.max_joined]]
+    reports = {retry.id.member: chosen[retry.id.member - first].report for retry in joined}
+    return RecoveredGroup((*group, *joined), settings.trained_on, reports, settings.num_retries, len(succeeded), num_refused)
+
+
+async def reports_on(
+    group: Sequence[Rollout], example: Example, reporter: MistakeReporter, settings: RecoverySettings
+) -> tuple[list[AskedAgain], int]:
+    """(`num_retries` attempts of a failed group with reports, which come again where there are fewer; reports refused).
+
+    No attempts where none could be reported on without the answer.
+    """
     attempts = [rollout for rollout in group if rollout.finish_reason != "failed"][: settings.num_retries]
     checked = await asyncio.gather(
         *(checked_report(reporter, example, _attempt(rollout), settings.max_reports) for rollout in attempts)
     )
-    usable = [(rollout, one.text) for rollout, one in zip(attempts, checked, strict=True) if one.text is not None]
-    num_refused = sum(one.num_refused for one in checked)
-    if not usable:
-        return RecoveredGroup(tuple(group), settings.trained_on, num_refused_reports=num_refused)
-    first = max(rollout.id.member for rollout in group) + 1
-    chosen = [usable[number % len(usable)] for number in range(settings.num_retries)]
-    retries = await asyncio.gather(
-        *(
-            ask(with_report(example, rollout.text, report, settings.shows_attempt), replace(group[0].id, member=first + number))
-            for number, (rollout, report) in enumerate(chosen)
-        )
-    )
-    succeeded = [
-        (retry, report)
-        for retry, (_, report) in zip(retries, chosen, strict=True)
-        if retry.finish_reason != "failed" and retry.rewards[settings.reward] >= settings.success
-    ]
-    joined, reports = [], {}
-    for retry, report in succeeded[: settings.max_joined]:
-        is_bare = settings.trained_on == "bare"
-        rewards = {**retry.rewards, "recovered": 1.0, "recovered_on_bare_prompt": float(is_bare)}
-        retry = replace(retry, rewards=rewards)
-        joined.append(on_bare_prompt(retry, group[0].prompt_ids) if is_bare else retry)
-        reports[retry.id.member] = report
-    return RecoveredGroup((*group, *joined), settings.trained_on, reports, settings.num_retries, len(succeeded), num_refused)
+    told = [AskedAgain(one.text, check.text) for one, check in zip(attempts, checked, strict=True) if check.text is not None]
+    chosen = [told[number % len(told)] for number in range(settings.num_retries)] if told else []
+    return chosen, sum(check.num_refused for check in checked)
+
+
+def as_learnt(retry: Rollout, bare_prompt_ids: np.ndarray, settings: RecoverySettings) -> Rollout:
+    """A success as it joins its group."""
+    is_bare = settings.trained_on == "bare"
+    rewards = {**retry.rewards, "recovered": 1.0, "recovered_on_bare_prompt": float(is_bare)}
+    retry = replace(retry, rewards=rewards)
+    return on_bare_prompt(retry, bare_prompt_ids) if is_bare else retry
 
 
 def _attempt(rollout: Rollout) -> Attempt:

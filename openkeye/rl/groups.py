@@ -4,19 +4,21 @@ It is a function of the journal's events, applied one by one, the same while the
 done goes through `record`: first to the disk, then into the book. A rollout counts once, or an assertion fails.
 
 opened ─> (partial) ─> finished ─> scored ─┬─> consumed by an update
-             └───── stale: anew ─────┘     └─> dropped
+             └───── stale: anew ─────┘     ├─> dropped
+                                           └─> asked again, where all failed: more members, each opened as the others were
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from openkeye.engine.recorded_answer import Picks
+from openkeye.rl.context_rl import RecoverySettings, as_learnt, is_success
 from openkeye.rl.journal import Event, Journal
-from openkeye.rl.roles import PartialRollout, RolloutOrder, ScoredRollout
+from openkeye.rl.roles import AskedAgain, PartialRollout, RolloutOrder, ScoredRollout
 from openkeye.rl.rollout import Rollout, RolloutId
 
 ROLLOUT_ARRAYS = ("prompt_ids", "output_ids", "is_policy", "logprobs", "versions", "routes")
@@ -35,6 +37,14 @@ class Member:
     partial: Event | None = None
     finished: Event | None = None
     scored: Event | None = None
+    again: AskedAgain | None = None
+    # not one of the group's own: with what it is asked again
+
+    @property
+    def rewards(self) -> Mapping[str, float]:
+        """As they are known; none before it is finished."""
+        event = self.scored or self.finished
+        return {} if event is None else event.facts["rewards"]
 
     @property
     def is_failed(self) -> bool:
@@ -62,6 +72,8 @@ class Group:
     # a number that counts up: which group was complete first; 0 while it is not
     is_scored: bool = False
     # whether finished rollouts wait for a scorer
+    asked_again: Event | None = None
+    # where all of its own had failed, and it was seen to; that may have led to no more members
 
     @property
     def number(self) -> int:
@@ -83,6 +95,8 @@ class Group:
     def events(self) -> Iterator[Event]:
         """Everything that is still needed of it."""
         yield self.opened
+        if self.asked_again is not None:
+            yield self.asked_again
         for number, member in enumerate(self.members):
             if member.attempt:
                 yield Event("begun_anew", {"group": self.number, "member": number, "attempt": member.attempt})
@@ -100,9 +114,14 @@ class Consumed:
 class GroupBook:
     """See the top of this file."""
 
-    def __init__(self, journal: Journal, has_scorers: bool) -> None:
-        """has_scorers: whether a finished rollout has to be scored before its group is complete."""
+    def __init__(self, journal: Journal, has_scorers: bool, recovery: RecoverySettings) -> None:
+        """
+        Args:
+            has_scorers: whether a finished rollout has to be scored before its group is complete.
+            recovery: whether a group whose rollouts all failed is asked again before it is complete.
+        """
         self.journal = journal
+        self.recovery = recovery
         self._has_scorers = has_scorers
         self._compacted_bytes = 0
         self._replay(journal.events)
@@ -173,7 +192,12 @@ class GroupBook:
         if one.partial is not None:
             facts, state = one.partial.facts, self.journal.arrays(one.partial)["state"].tobytes()
             partial = PartialRollout(opened.id(member), facts["oldest_version"], facts["num_tokens"], state)
-        return RolloutOrder(opened.id(member), one.attempt, partial)
+        return RolloutOrder(opened.id(member), one.attempt, partial, again=one.again)
+
+    def is_current(self, id: RolloutId, attempt: int) -> bool:
+        """Whether a rollout is still open to be finished or scored: not begun anew, nor given up, in the meantime."""
+        group = self.groups.get(id.group)
+        return group is not None and id.member < len(group.members) and group.members[id.member].attempt == attempt
 
     def rollout(self, group: Group, member: int) -> ScoredRollout:
         """A finished rollout, read back from the disk."""
@@ -196,10 +220,44 @@ class GroupBook:
         return ScoredRollout(rollout, extras)
 
     def usable(self, group: Group) -> list[tuple[int, ScoredRollout]]:
-        """(attempt, rollout) of all that did not fail, in the order of members."""
-        return [
-            (member.attempt, self.rollout(group, number)) for number, member in enumerate(group.members) if not member.is_failed
+        """(attempt, rollout) of all that did not fail, in the order of members; of those asked again, the ones that join."""
+        joined = self.usable_again(group)
+        found = [
+            (member.attempt, self.rollout(group, number))
+            for number, member in enumerate(group.members)
+            if not member.is_failed and (member.again is None or number in joined)
         ]
+        bare_ids = found[0][1].rollout.prompt_ids if found else np.zeros(0, np.int32)
+        return [
+            (attempt, replace(one, rollout=as_learnt(one.rollout, bare_ids, self.recovery)))
+            if one.rollout.id.member in joined
+            else (attempt, one)
+            for attempt, one in found
+        ]
+
+    def usable_again(self, group: Group) -> list[int]:
+        """Numbers of the members that were asked again and are learnt from: the first that succeeded."""
+        succeeded = [
+            number
+            for number, member in enumerate(group.members)
+            if member.again and member.finished and not member.is_failed and is_success(member.rewards, self.recovery)
+        ]
+        return succeeded[: self.recovery.max_joined]
+
+    def in_prompt(self, group: Group, member: int) -> AskedAgain | None:
+        """What stands behind the question where a rollout is learnt."""
+        return group.members[member].again if self.recovery.trained_on == "report" else None
+
+    def is_recoverable(self, group: Group) -> bool:
+        """Whether a group is complete, all of its rollouts have failed at their task, and nobody has seen to it yet."""
+        answers = [member for member in group.members if not member.is_failed]
+        return (
+            self.recovery.is_on
+            and bool(group.completed_at)
+            and group.asked_again is None
+            and bool(answers)
+            and not any(is_success(member.rewards, self.recovery) for member in answers)
+        )
 
     def is_comparable(self, group: Group) -> bool:
         """Whether enough of a complete group's rollouts came to an end."""
@@ -273,10 +331,26 @@ class GroupBook:
         self.counts["failed"] += member.is_failed
         self._note_completion(facts)
 
+    def _apply_asked_again(self, event: Event, facts: Mapping[str, Any]) -> None:
+        group = self.groups[facts["group"]]
+        assert group.asked_again is None, f"group {group.number} is asked again twice"
+        group.asked_again = event
+        self.counts["asked_again"] += 1
+        if facts["with"]:
+            # Counted on from the group's own, so that what a worker still has of an earlier time is told apart.
+            attempt = sum(member.attempt for member in group.members)
+            group.members += [Member(attempt, again=AskedAgain(**one)) for one in facts["with"]]
+            group.completed_at = 0
+
     def _apply_stale(self, event: Event, facts: Mapping[str, Any]) -> None:
         group = self.groups[facts["group"]]
         for number in facts["members"]:
-            group.members[number] = Member(attempt=group.members[number].attempt + 1)
+            old = group.members[number]
+            group.members[number] = Member(attempt=old.attempt + 1, again=old.again)
+        own = [member for member in group.members if member.again is None]
+        if any(number < len(own) for number in facts["members"]):
+            # The attempts that reports speak of are gone; should all fail again, they are asked again anew.
+            group.members, group.asked_again = own, None
         group.completed_at = 0
         self.counts["stale"] += len(facts["members"])
 

@@ -17,11 +17,14 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from openkeye.common.checks import InputError, writing_to
+from openkeye.common.fields import with_options
 from openkeye.common.log import JsonLines, forget_after
+from openkeye.rl.context_rl import RecoverySettings
 from openkeye.rl.data_order import DataOrder
 from openkeye.rl.groups import Group, GroupBook
 from openkeye.rl.journal import Journal
@@ -82,10 +85,13 @@ class Orchestrator:
         async with self._open_roles(config) as roles:
             self.roles = roles
             data_order = DataOrder({name: task.weight for name, task in config.tasks.items()}, roles.task_sizes, config.seed)
-            self.book = GroupBook(journal, has_scorers=bool(roles.scorers))
+            recovery = with_options(RecoverySettings(), config.recovery)
+            if recovery.is_on and roles.report_on is None:
+                raise InputError("recovery is on, and nobody tells of mistakes; set recovery.is_on to false")
+            self.book = GroupBook(journal, bool(roles.scorers), recovery)
             self.sampling = Sampling(config, self.book, data_order, roles.workers, roles.scorers, self.reporter.say)
             # Learning alone ends by itself; the others do so by an error, which is raised here.
-            return await first_end(self._learn(), self.sampling.run(), self._watch())
+            return await first_end(self._learn(), self.sampling.run(), self._ask_again(), self._watch())
 
     async def _watch(self) -> None:
         """Notice Ctrl-C and the time limit."""
@@ -96,6 +102,22 @@ class Orchestrator:
                 self.sampling.is_stopping = True
                 self.sampling.changed.tell()
         await asyncio.Event().wait()
+
+    async def _ask_again(self) -> None:
+        """See to groups in which every rollout failed at its task: what reports there are opens more rollouts of them."""
+        while True:
+            await self.sampling.changed.until(lambda: self._recoverable() is not None)
+            group = self._recoverable()
+            assert group is not None and self.roles.report_on is not None, "there is one, and a reporter was asked for"
+            told = await self.roles.report_on([scored.rollout for _, scored in self.book.usable(group)])
+            now = self.book.groups[group.number]
+            # (it may have become too old in the meantime)
+            if self.book.is_recoverable(now):
+                self.book.record("asked_again", {"group": group.number, "with": [asdict(one) for one in told]})
+                self.sampling.changed.tell()
+
+    def _recoverable(self) -> Group | None:
+        return next((group for group in self.book.groups.values() if self.book.is_recoverable(group)), None)
 
     async def _learn(self) -> bool:
         """Updates until the last one; True where that was reached."""
@@ -208,7 +230,8 @@ class Orchestrator:
             others = [group for group in self.book.groups.values() if group.number not in taken]
             if self.config.takes == "opened":
                 others = others[:1]
-            found[:] = sorted((group for group in others if group.completed_at), key=lambda group: group.completed_at)[:1]
+            complete = [group for group in others if group.completed_at and not self.book.is_recoverable(group)]
+            found[:] = sorted(complete, key=lambda group: group.completed_at)[:1]
             return bool(found) or self.sampling.is_stopping
 
         await self.sampling.changed.until(is_over)
@@ -222,6 +245,7 @@ class Orchestrator:
         book, config = self.book, self.config
         version = book.next_update
         counts = count_figures(book.counts, len(book.groups), self.sampling.num_lost)
+        counts["groups/recovered"] = sum(bool(book.usable_again(book.groups[number])) for number in batch)
         self._seconds["score"], self.sampling.score_seconds = self.sampling.score_seconds, 0.0
         book.record("consumed", {"update": version, "groups": list(batch), "counts": counts})
         self.sampling.discard_stale()
@@ -249,7 +273,7 @@ class Orchestrator:
             streams = self._streams(usable)
             assert streams is not None, f"{group.id(0)} was taken, so it teaches something"
             samples += [
-                LearnedRollout(scored.rollout, stream, attempt)
+                LearnedRollout(scored.rollout, stream, attempt, self.book.in_prompt(group, scored.rollout.id.member))
                 for (attempt, scored), stream in zip(usable, streams, strict=True)
             ]
         assert all(sample.rollout.age(version) <= self.config.max_age for sample in samples), f"update {version}: too old"

@@ -7,7 +7,7 @@ that pictures and videos never travel.
 import asyncio
 import pickle
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -18,6 +18,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from openkeye.common.checks import InputError
+from openkeye.common.fields import with_options
 from openkeye.common.launch import num_ranks, rank
 from openkeye.engine.config import EngineConfig, SamplingParameters
 from openkeye.engine.loop import Engine
@@ -25,6 +27,7 @@ from openkeye.engine.update_file import updates_among
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
+from openkeye.rl.context_rl import RecoverySettings, reports_on, with_report
 from openkeye.rl.environment_pool import EnvironmentPool, HostedEnvironment, environment_pool
 from openkeye.rl.episode import EpisodeInterrupted, EpisodeLimits, EpisodeState, run_episode
 from openkeye.rl.learner import Learner, opened_learner
@@ -35,12 +38,14 @@ from openkeye.rl.prompts import open_tasks, prompt_of
 from openkeye.rl.publisher import Publisher
 from openkeye.rl.reference_scorer import open_reference_scorer, streams_by
 from openkeye.rl.roles import (
+    AskedAgain,
     LearnedRollout,
     LearnerRole,
     OnPartial,
     PartialRollout,
     Publication,
     Record,
+    ReportOn,
     Roles,
     RolloutOrder,
     RolloutWorker,
@@ -49,8 +54,8 @@ from openkeye.rl.roles import (
 from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.rl.rollout_document import rollout_document
 from openkeye.rl.run_config import PostTrainingConfig
-from openkeye.rl.settings import settings_from
-from openkeye.tasks.task import Example
+from openkeye.tasks.registry import open_reporter
+from openkeye.tasks.task import Example, Task
 
 LEARNER_DIR = "learner"
 RECORDED_STEPS = 512
@@ -63,14 +68,15 @@ class EngineWorker:
 
     def __init__(self, config: PostTrainingConfig) -> None:
         defaults = EngineConfig(records_routes=True, records_picks_every=RECORDED_STEPS, max_batch_requests=config.num_slots)
-        engine_config = settings_from(defaults, config.engine)
+        engine_config = with_options(defaults, config.engine)
         self._policy = PolicyEngine(Engine(config.model_dir, config=engine_config), PolicyConfig(config.seed))
         self._tasks = open_tasks(config)
+        self._recovery = with_options(RecoverySettings(), config.recovery)
         self._opened = AsyncExitStack()
         self._config = config
         self._asked: dict[tuple[str, int], asyncio.Task[tuple[Example, Prompt | None]]] = {}
         # the last examples
-        self._limits = settings_from(
+        self._limits = with_options(
             EpisodeLimits(max_turn_tokens=config.max_tokens, step_seconds=config.rollout_seconds), config.episode
         )
 
@@ -102,6 +108,8 @@ class EngineWorker:
         example, prompt = await self._asked_of(id)
         if example.environment is not None and EnvironmentPool.current is not None:
             example = replace(example, environment=HostedEnvironment(example.environment, order.label))
+        if order.again is not None:
+            example, prompt = with_report(example, order.again, self._recovery.shows_attempt), None
         sampling = SamplingParameters(temperature=config.temperature, top_p=config.top_p)
         if order.is_evaluation:
             sampling = SamplingParameters(temperature=0.0)
@@ -158,15 +166,16 @@ class PolicyLearner:
 
     def __init__(self, config: PostTrainingConfig) -> None:
         self._config = config
-        self._algorithm = settings_from(AlgorithmConfig(), config.algorithm)
+        self._algorithm = with_options(AlgorithmConfig(), config.algorithm)
         learner = LearnerConfig(model_dir=config.model_dir, run_dir=str(Path(config.run_dir) / LEARNER_DIR))
-        self._learner_config = settings_from(learner, config.learner)
+        self._learner_config = with_options(learner, config.learner)
         self._tasks = open_tasks(config)
         self._processor = Processor.load(config.model_dir)
         self._opened = ExitStack()
         self._learner: Learner | None = None
         self._publisher = Publisher()
-        self._prompts: dict[tuple[str, int], Prompt] = {}
+        self._recovery = with_options(RecoverySettings(), config.recovery)
+        self._prompts: dict[tuple[str, int, AskedAgain | None], Prompt] = {}
         # the last one
         self._thread = ThreadPoolExecutor(1, "openkeye-learner")
 
@@ -220,7 +229,7 @@ class PolicyLearner:
         return {name: _mean([record[name] for record in records if name in record]) for name in records[-1]}
 
     def _sample(self, learned: LearnedRollout) -> LearnerSample:
-        document = rollout_document(self._prompt(learned.rollout), learned.rollout)
+        document = rollout_document(self._prompt(learned), learned.rollout)
         return LearnerSample(document, learned.rollout, learned.streams)
 
     def _publish(self, path: Path) -> Publication:
@@ -238,12 +247,18 @@ class PolicyLearner:
             return Publication(version, str(path))
         return self._publisher.publish(version, self._own.weights(), path.parent)
 
-    def _prompt(self, rollout: Rollout) -> Prompt:
-        """As the engine laid it out. Members of a group follow one another, and are asked the same."""
-        key = rollout.id.task, rollout.id.number
+    def _prompt(self, learned: LearnedRollout) -> Prompt:
+        """As the engine laid it out. Members of a group follow one another, and most are asked the same."""
+        key = learned.rollout.id.task, learned.rollout.id.number, learned.again
         if key not in self._prompts:
-            self._prompts = {key: prompt_of(self._tasks[key[0]], key[1], self._processor)}
+            self._prompts = {key: self._laid_out(*key)}
         return self._prompts[key]
+
+    def _laid_out(self, name: str, number: int, again: AskedAgain | None) -> Prompt:
+        example = self._tasks[name].read(number)
+        if again is not None:
+            example = with_report(example, again, self._recovery.shows_attempt)
+        return prompt_of(example, self._processor)
 
 
 async def open_worker(config: PostTrainingConfig, folder: Path) -> RolloutWorker:
@@ -265,15 +280,22 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
     Raises:
         InputError: tasks or settings that are not known; a role that cannot be opened.
     """
-    sizes = {name: task.num_examples for name, task in open_tasks(config).items()}
-    algorithm = settings_from(AlgorithmConfig(), config.algorithm)
+    tasks = open_tasks(config)
+    sizes = {name: task.num_examples for name, task in tasks.items()}
+    report_on = reports_of(config, tasks)
+    algorithm = with_options(AlgorithmConfig(), config.algorithm)
     streams, has_reference = partial(streams_by, algorithm), algorithm.ref_kl_weight > 0
+    if has_reference and report_on is not None:
+        raise InputError(
+            "algorithm.ref_kl_weight and recovery.is_on: the reference does not know the reports that retries are asked with; "
+            "set one of them to 0 or false"
+        )
     if not config.num_workers:
         worker, learner = await asyncio.to_thread(EngineWorker, config), await asyncio.to_thread(PolicyLearner, config)
         scorers = [await open_reference_scorer(config)] if has_reference else []
         try:
             await worker.open_environments()
-            yield Roles(learner, [worker], scorers, streams, sizes)
+            yield Roles(learner, [worker], scorers, streams, sizes, report_on)
         finally:
             for scorer in scorers:
                 await scorer.close()
@@ -303,9 +325,28 @@ async def open_roles(config: PostTrainingConfig) -> AsyncIterator[Roles]:
             first_scorer = 1 + config.num_workers
             workers = [ProcessWorker(process, config.num_slots) for process in processes[1:first_scorer]]
             scoring = [ProcessScorer(process) for process in processes[first_scorer:]]
-            yield Roles(ProcessLearner(processes[0]), workers, scoring, streams, sizes)
+            yield Roles(ProcessLearner(processes[0]), workers, scoring, streams, sizes, report_on)
         finally:
             await asyncio.gather(*(process.stop() for process in processes))
+
+
+def reports_of(config: PostTrainingConfig, tasks: Mapping[str, Task]) -> ReportOn | None:
+    """Reports on failed groups, where the run asks them again.
+
+    Raises:
+        InputError: a task whose mistakes nobody tells of.
+    """
+    settings = with_options(RecoverySettings(), config.recovery)
+    if not settings.is_on:
+        return None
+    reporters = {name: open_reporter(task.reader) for name, task in config.tasks.items()}
+
+    async def report_on(group: Sequence[Rollout]) -> list[AskedAgain]:
+        id = group[0].id
+        example = await asyncio.to_thread(tasks[id.task].read, id.number)
+        return (await reports_on(group, example, reporters[id.task], settings))[0]
+
+    return report_on
 
 
 def gpus(first: int, number: int) -> dict[str, str]:

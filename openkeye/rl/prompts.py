@@ -8,7 +8,7 @@ from openkeye.inputs.prompt import Prompt
 from openkeye.rl.policy_engine import lay_out_prompt
 from openkeye.rl.run_config import PostTrainingConfig
 from openkeye.tasks.registry import open_task
-from openkeye.tasks.task import Task
+from openkeye.tasks.task import Example, Task
 
 
 def open_tasks(config: PostTrainingConfig) -> dict[str, Task]:
@@ -21,9 +21,8 @@ def open_tasks(config: PostTrainingConfig) -> dict[str, Task]:
     return {name: open_task(task.reader, task.options) for name, task in named.items()}
 
 
-def prompt_of(task: Task, number: int, processor: Processor) -> Prompt:
+def prompt_of(example: Example, processor: Processor) -> Prompt:
     """An example's prompt; on a thread without an event loop."""
-    example = task.read(number)
     if example.environment is None:
         return lay_out_prompt(example.messages, processor, example.tools)
     opening = asyncio.run(_opening(example.environment))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from openkeye.common.fields import with_options
 from openkeye.engine.config import EngineConfig
 from openkeye.engine.loop import Engine
 from openkeye.engine.scorer import Scorer
@@ -16,7 +17,6 @@ from openkeye.rl.prompts import open_tasks, prompt_of
 from openkeye.rl.roles import ScoredRollout
 from openkeye.rl.rollout import Rollout, TokenStreams
 from openkeye.rl.run_config import PostTrainingConfig
-from openkeye.rl.settings import settings_from
 
 REF_LOGPROBS = "ref_logprobs"
 # [T] float32 of `ScoredRollout.arrays`
@@ -30,7 +30,7 @@ class ReferenceScorer:
     def __init__(self, config: PostTrainingConfig) -> None:
         """With the weights of `config.reference_dir`, or of `model_dir` where there is none."""
         model_dir = config.reference_dir or config.model_dir
-        engine_config = settings_from(EngineConfig(max_batch_requests=config.num_slots), config.engine)
+        engine_config = with_options(EngineConfig(max_batch_requests=config.num_slots), config.engine)
         self._scorer = Scorer(Engine(model_dir, config=engine_config), model_dir)
         self._tasks = open_tasks(config)
         self._asked: OrderedDict[tuple[str, int], asyncio.Task[Prompt]] = OrderedDict()
@@ -53,13 +53,15 @@ class ReferenceScorer:
     async def _prompt(self, rollout: Rollout) -> Prompt:
         key = rollout.id.task, rollout.id.number
         if key not in self._asked:
-            processor = self._scorer.engine.processor
-            self._asked[key] = asyncio.create_task(asyncio.to_thread(prompt_of, self._tasks[key[0]], key[1], processor))
+            self._asked[key] = asyncio.create_task(asyncio.to_thread(self._read, *key))
             if len(self._asked) > NUM_PROMPTS:
                 self._asked.popitem(last=False)
         prompt = await asyncio.shield(self._asked[key])
         assert np.array_equal(prompt.model_input.input_ids.numpy(), rollout.prompt_ids), f"{rollout.id}: another prompt"
         return prompt
+
+    def _read(self, task: str, number: int) -> Prompt:
+        return prompt_of(self._tasks[task].read(number), self._scorer.engine.processor)
 
 
 async def open_reference_scorer(config: PostTrainingConfig) -> ReferenceScorer:

@@ -4,7 +4,7 @@ Each role may live in this process or in one of its own (`processes.py`); the ca
 but as a file that is written whole or not at all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,14 @@ class Publication:
 
 
 @dataclass(frozen=True)
+class AskedAgain:
+    """Why a rollout is asked on a longer prompt: an attempt that failed, and what a report says of it."""
+
+    attempt: str
+    report: str
+
+
+@dataclass(frozen=True)
 class PartialRollout:
     """What has been sampled of a rollout that is not finished; whoever has it can go on, in another process too."""
 
@@ -66,6 +74,8 @@ class RolloutOrder:
     # to go on from
     is_evaluation: bool = False
     # of the evaluation's sampling settings
+    again: AskedAgain | None = None
+    # the example is asked with this behind it
 
     @property
     def label(self) -> str:
@@ -89,6 +99,8 @@ class LearnedRollout:
     rollout: Rollout
     streams: TokenStreams
     attempt: int = 0
+    again: AskedAgain | None = None
+    # what stands in its prompt; None where that is the bare one
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ class Update:
 
 StreamsOf = Callable[[Sequence[ScoredRollout]], list[TokenStreams] | None]
 # the algorithm: of a group's finished rollouts, what each token counts for; None where nothing is to be learnt from them
+ReportOn = Callable[[Sequence[Rollout]], Awaitable[list[AskedAgain]]]
+# what the rollouts of a group that failed are asked again with; none where nothing can be said without the answer
 OnPartial = Callable[[PartialRollout], None]
 
 
@@ -208,6 +222,8 @@ class Roles:
     streams_of: StreamsOf
     task_sizes: Mapping[str, int | None]
     # examples of every task, None for one without end
+    report_on: ReportOn | None = None
+    # needed where failed groups are asked again
 
     def __post_init__(self) -> None:
         assert self.workers, "somebody has to play"

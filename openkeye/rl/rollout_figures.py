@@ -10,7 +10,7 @@ from openkeye.rl.rollout import Rollout
 
 NGRAM = 8
 # tokens that have to recur in a row to count as repeated
-COUNTED = ("dropped_zero_variance", "dropped_failed", "stale", "resumed", "failed")
+COUNTED = ("dropped_zero_variance", "dropped_failed", "stale", "resumed", "failed", "asked_again")
 
 
 def rollout_figures(rollouts: Sequence[Rollout], version: int) -> Record:

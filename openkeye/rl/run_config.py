@@ -70,7 +70,8 @@ class PostTrainingConfig:
     learner: Mapping[str, Option] = field(default_factory=dict)
     engine: Mapping[str, Option] = field(default_factory=dict)
     episode: Mapping[str, Option] = field(default_factory=dict)
-    # fields by name of the settings that these have of their own
+    recovery: Mapping[str, Option] = field(default_factory=dict)
+    # of failed groups (`context_rl.RecoverySettings`); fields by name of the settings that these have of their own
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 2048

@@ -214,11 +214,8 @@ class Sampling:
 
     def _is_wanted(self, order: RolloutOrder) -> bool:
         """Whether the rollout has not been begun anew, nor given up, in the meantime."""
-        group = self._book.groups.get(order.id.group)
-        if group is None:
-            return False
-        member = group.members[order.id.member]
-        return member.attempt == order.attempt and member.finished is None
+        id = order.id
+        return self._book.is_current(id, order.attempt) and self._book.groups[id.group].members[id.member].finished is None
 
     def _note_result(self, order: RolloutOrder, result: Rollout | PartialRollout) -> None:
         if isinstance(result, PartialRollout):
@@ -317,7 +314,7 @@ class Sampling:
             self._losses[key] += 1
             if self._losses[key] < self._config.max_losses:
                 return
-        if self._book.groups[key[0]].members[key[1]].attempt != attempt:
+        if not self._book.is_current(rollout.id, attempt):
             # Begun anew in the meantime.
             return
         if error is None:

@@ -22,6 +22,8 @@ from openkeye.tasks.task import Example, Response
 SPACES = {"train": 20, "test": 21}
 # first words of the seeds: no question of one is drawn from the other's numbers
 REWARDS = ("outcome", "context")
+GUESS = ("I see it",)
+# a reasoning of no steps; none at all would not be well formed, and earn nothing
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ArithmeticOptions:
     format_weight: float = 0.1
     num_examples: int = 0
     # 0: without end
+    unsound_share: float = 0.0
+    # of the references: the right answer behind a wrong step, or behind a bare claim (half each)
 
     def __post_init__(self) -> None:
         if self.split not in SPACES:
@@ -63,6 +67,8 @@ class ArithmeticOptions:
                 f"seed {self.seed}, max_number {self.max_number}, format_weight {self.format_weight}, num_examples "
                 f"{self.num_examples}; give seeds, weights and numbers from 0 on, and a largest number of 8 to 10000"
             )
+        if not 0 <= self.unsound_share <= 1:
+            raise InputError(f"unsound_share is {self.unsound_share}; give a share of the references from 0 to 1")
 
 
 class ArithmeticTask:
@@ -90,12 +96,15 @@ class ArithmeticTask:
         rng = np.random.default_rng([SPACES[self.options.split], self.options.seed, number])
         kind = self._kinds[number % len(self._kinds)]
         question = KINDS[kind](rng, self.options.max_number)
+        steps = question.steps
+        if rng.random() < self.options.unsound_share:
+            steps = _slipped(rng, steps) if rng.random() < 0.5 else GUESS
         facts: Mapping[str, Any] = {
             "answer": question.answer,
             "solution": "\n".join(question.steps),
             "question": question.text,
             "kind": kind,
-            "reference": reference_text(question.steps, question.answer),
+            "reference": reference_text(steps, question.answer),
         }
         return Example(self.name, number, "text", ({"role": "user", "content": question.text},), facts=facts)
 
@@ -107,6 +116,14 @@ class ArithmeticTask:
 def reference_text(steps: Sequence[str], answer: str) -> str:
     """A solution as a model should write it."""
     return f"{THINK}{' '.join(f'{step}.' for step in steps)}{END_THINK}{ANSWER}{answer}{END_ANSWER}"
+
+
+def _slipped(rng: np.random.Generator, steps: Sequence[str]) -> tuple[str, ...]:
+    """The steps with a wrong result in the first one; the others are as they were."""
+    left, _, result = steps[0].partition(" = ")
+    slip = int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
+    value = int(result) + slip if int(result) + slip > 0 else int(result) - slip
+    return (f"{left} = {value}", *steps[1:])
 
 
 def _distinct(rng: np.random.Generator, count: int, low: int, high: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from openkeye.common.checks import InputError
 from openkeye.common.fields import expected, unknown
 from openkeye.tasks.judges import Panel
+from openkeye.tasks.mistake_reports import MistakeReporter, RuleArithmeticReporter
 from openkeye.tasks.task import Task
 
 TASKS: dict[str, tuple[str, str, str]] = {
@@ -43,6 +44,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
 TAKES_KIND = ("openkeye.tasks.pictures", "openkeye.tasks.frameforge", "openkeye.tasks.differences")
 # modules whose class has several names, and is told which
 TAKES_PANEL = ("json_lines",)
+REPORTERS: dict[str, Callable[[], MistakeReporter]] = {"arithmetic": RuleArithmeticReporter}
 
 
 def open_task(name: str, options: Mapping[str, Any] | None = None, panel: Panel | None = None) -> Task:
@@ -65,6 +67,19 @@ def open_task(name: str, options: Mapping[str, Any] | None = None, panel: Panel 
     if module_name in TAKES_KIND:
         return make(name, settings)
     return make(settings, panel) if name in TAKES_PANEL else make(settings)
+
+
+def open_reporter(name: str) -> MistakeReporter:
+    """Who tells of mistakes in a task's answers, without the answer (Context-RL).
+
+    Raises:
+        InputError: nobody does.
+    """
+    if name not in REPORTERS:
+        raise InputError(
+            f"nobody tells of mistakes in task {name!r}; choose from {', '.join(REPORTERS)}, or ask no group again"
+        )
+    return REPORTERS[name]()
 
 
 def settings_of(record: type, options: Mapping[str, Any], what: str) -> Any:

@@ -26,6 +26,7 @@ import numpy as np
 from openkeye.rl.journal import Journal
 from openkeye.rl.loop import Orchestrator
 from openkeye.rl.roles import (
+    AskedAgain,
     OnPartial,
     PartialRollout,
     Publication,
@@ -40,6 +41,7 @@ from openkeye.rl.run_config import PostTrainingConfig, TaskConfig
 from openkeye.train.reporter import SilentReporter
 
 SIZES = {"sums": 7, "words": None, "probe": 3}
+GROUP_SIZE = 3
 LENGTH = 12
 # tokens of a rollout
 ZERO_VARIANCE_EVERY = 5
@@ -55,7 +57,7 @@ def config_of(folder: Path, **changes: Any) -> PostTrainingConfig:
         tasks={"sums": TaskConfig("sums", 2.0), "words": TaskConfig("words", 1.0)},
         num_steps=6,
         opens="tests.rl.stand_ins:open_roles",
-        group_size=3,
+        group_size=GROUP_SIZE,
         groups_per_step=2,
         oversampling=1.5,
         max_age=0,
@@ -165,11 +167,12 @@ class DigestWorker:
         self.orders.append(order)
         if self.hangs(order):
             await asyncio.sleep(1e6)
+        asked = str(order.id) if order.again is None else f"{order.id} {order.again}"
         tokens: list[tuple[int, int]] = pickle.loads(order.partial.state) if order.partial is not None else []
         while len(tokens) < LENGTH:
             if self.longest_seconds:
                 await asyncio.sleep(random.random() * self.longest_seconds)
-            tokens.append((digest(str(order.id), len(tokens), self.weights) % 1000, self.publications[-1].version))
+            tokens.append((digest(asked, len(tokens), self.weights) % 1000, self.publications[-1].version))
             partial = PartialRollout(order.id, tokens[0][1], len(tokens), pickle.dumps(tokens))
             if self.is_interrupted:
                 return partial
@@ -200,6 +203,18 @@ def outcome_of(id: RolloutId, total: int) -> float:
     return 1.0 if id.group % ZERO_VARIANCE_EVERY == 2 else float(id.member == 0 or total % 2)
 
 
+def failing_outcome_of(id: RolloutId, total: int) -> float:
+    """In every other group all fail at first."""
+    if id.group % 2 and id.member < GROUP_SIZE:
+        return 0.0
+    return outcome_of(id, total)
+
+
+async def report_on(group: Sequence[Rollout]) -> list[AskedAgain]:
+    """Three of the attempts."""
+    return [AskedAgain(rollout.text, f"not {rollout.text}") for rollout in group]
+
+
 def streams_of(group: Sequence[ScoredRollout]) -> list[TokenStreams] | None:
     """Advantages are rewards less their mean."""
     rewards = np.array([scored.rollout.rewards["outcome"] for scored in group])
@@ -215,7 +230,8 @@ def streams_of(group: Sequence[ScoredRollout]) -> list[TokenStreams] | None:
 def roles_of(config: PostTrainingConfig, *workers: Any, learner: Any = None, scorers: Sequence[Any] = ()) -> Roles:
     """Roles in this process."""
     learner = DigestLearner(Path(config.run_dir)) if learner is None else learner
-    return Roles(learner, workers or (DigestWorker(),), scorers, streams_of, SIZES)
+    worker = DigestWorker(outcome_of=failing_outcome_of if config.recovery else None)
+    return Roles(learner, workers or (worker,), scorers, streams_of, SIZES, report_on)
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ import pytest
 
 from openkeye.common.checks import InputError
 from openkeye.rl.context_rl import RecoveredGroup, RecoverySettings, importance_weights, recover, with_report
+from openkeye.rl.roles import AskedAgain
 from openkeye.rl.rollout import Rollout, RolloutId
 from openkeye.tasks.arithmetic import ArithmeticOptions, ArithmeticTask
 from openkeye.tasks.mistake_reports import RuleArithmeticReporter
@@ -125,7 +126,7 @@ def test_broken_environments_are_no_attempts():
 
 
 def test_the_report_can_stand_behind_the_question_alone():
-    asked = with_report(EXAMPLE, WRONG, "A step is computed wrongly.", shows_attempt=False)
+    asked = with_report(EXAMPLE, AskedAgain(WRONG, "A step is computed wrongly."), shows_attempt=False)
     assert len(asked.messages) == 1 and WRONG not in str(asked.messages)
     assert str(EXAMPLE.messages[0]["content"]) in asked.messages[0]["content"]
 

@@ -25,7 +25,7 @@ KL_WEIGHT = 0.125
 
 
 def rollout_of(scorer: ReferenceScorer, folder: Path, length: int = 6) -> Rollout:
-    prompt = prompt_of(open_tasks(config_of(folder))["sums"], 3, scorer._scorer.engine.processor)
+    prompt = prompt_of(open_tasks(config_of(folder))["sums"].read(3), scorer._scorer.engine.processor)
     return Rollout(
         id=RolloutId("sums", 3, 0, 0),
         prompt_ids=prompt.model_input.input_ids.numpy().astype(np.int32),

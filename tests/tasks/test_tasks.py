@@ -50,6 +50,22 @@ def test_a_number_is_one_question_and_the_test_split_another(name):
         assert (pictures[0] == pictures[1]).all() and not np.array_equal(pictures[0], pictures[2])
 
 
+def test_unsound_references_have_the_right_answer_and_no_sound_steps():
+    sound, half, unsound = (open_task("arithmetic", {"seed": 3, "unsound_share": share}) for share in (0.0, 0.5, 1.0))
+    num_sound = 0
+    for number in range(60):
+        example = half.read(number)
+        assert example.messages == sound.read(number).messages == unsound.read(number).messages
+        rewards = scored(half, example, example.facts["reference"])
+        assert rewards["outcome"] == 1.0
+        num_sound += rewards["context"] == 1.0
+        rewards = scored(unsound, example, unsound.read(number).facts["reference"])
+        assert rewards["right_answer_wrong_reasoning"] == 1.0 and rewards["context"] == 0.0
+    assert 20 <= num_sound <= 40
+    with pytest.raises(InputError, match="unsound_share is 2"):
+        open_task("arithmetic", {"unsound_share": 2.0})
+
+
 def test_boxes_lie_on_what_they_name():
     """Pixels in a box have its object's colour, those around it do not: on plain objects, damage and background aside."""
     task, checked = open_task("grounding", {"side": 224}), 0
