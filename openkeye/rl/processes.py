@@ -40,6 +40,8 @@ SILENT_SECONDS = 60.0
 # without a sign of life (a stopped process, or one stuck with Python's lock held), after which it is ended
 START_SECONDS = 1800.0
 # for a role to open: large models load for long
+LOSS_SECONDS = 10.0
+# after one rank's error, in which another one's death is noticed
 FIRST_WAIT_SECONDS = 0.1
 # before another start; doubles from one failed start to the next
 MAX_FAILED_STARTS = 4
@@ -124,7 +126,14 @@ class RoleProcess:
             raise RoleLost(self.name, "it is not running")
         calls = [asyncio.ensure_future(client.call(method, *arguments, label=label)) for client in self._clients]
         try:
-            return (await asyncio.gather(*calls))[0]
+            _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            if waiting:
+                # Those who survive a rank fail on its connection, often before it is known that it died.
+                await asyncio.wait(waiting, timeout=LOSS_SECONDS)
+            errors = [error for call in calls if call.done() and (error := call.exception()) is not None]
+            if errors:
+                raise next((error for error in errors if isinstance(error, RoleLost)), errors[0])
+            return calls[0].result()
         finally:
             for call in calls:
                 call.cancel()
