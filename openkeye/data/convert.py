@@ -217,9 +217,7 @@ def _cut(part: MediaPart, limits: DocumentLimits, processor: Processor, last_tol
         )
     content = part.content
     if isinstance(content, Frames):
-        num_kept = max(1, sum(seconds <= longest for seconds in content.times_seconds))
-        kept = replace(content, pixels=content.pixels[:num_kept], times_seconds=content.times_seconds[:num_kept])
-        return replace(part, content=kept)
+        return replace(part, content=content.until(longest))
     if isinstance(content, (list, tuple)):
         num_kept = int(longest * (part.options.get("fps") or processor.video_limits.fps)) + 1
         return replace(part, content=content[:num_kept])

@@ -74,8 +74,9 @@ def picture_size(medium: Medium) -> tuple[int, int]:
     """(height, width) of a medium's pictures at the model's size."""
     if isinstance(medium, VideoRequest):
         return medium.plan.height, medium.plan.width
-    shape = medium.pixels.shape[1:3] if isinstance(medium, Frames) else medium.shape[:2]
-    return int(shape[0]), int(shape[1])
+    if isinstance(medium, Frames):
+        return medium.picture_size
+    return int(medium.shape[0]), int(medium.shape[1])
 
 
 def picture_hash(picture_HWC: np.ndarray) -> str:

@@ -45,6 +45,16 @@ class Frames:
                 f"and {len(self.times_seconds)} times"
             )
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width), known without the pixels where a subclass makes them when first asked."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+    def until(self, seconds: float) -> "Frames":
+        """The frames shown up to a moment, one at least."""
+        num_kept = max(1, sum(time <= seconds for time in self.times_seconds))
+        return Frames(self.pixels[:num_kept], self.times_seconds[:num_kept], self.source, self.duration_seconds, self.notes)
+
 
 @dataclass(frozen=True)
 class VideoRequest:
