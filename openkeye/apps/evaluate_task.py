@@ -115,7 +115,15 @@ def _write(path: str, rollouts: "list[Rollout]") -> None:
 
     with writing_to(Path(path)):
         lines = [
-            json.dumps({"id": str(one.id), "answer": one.text, "finish": one.finish_reason, "rewards": dict(one.rewards)})
+            json.dumps(
+                {
+                    "id": str(one.id),
+                    "number": one.id.number,
+                    "answer": one.text,
+                    "finish": one.finish_reason,
+                    "rewards": dict(one.rewards),
+                }
+            )
             for one in rollouts
         ]
         Path(path).write_text("\n".join(lines) + "\n")

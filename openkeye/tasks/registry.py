@@ -17,6 +17,13 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "counting": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "ocr": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
     "spatial": ("openkeye.tasks.pictures", "PictureTask", "PictureTaskOptions"),
+    "frameforge_timestamp_localisation": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_counting": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_before_after": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_co_occurrence": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_reading": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_motion": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
+    "frameforge_two_moments": ("openkeye.tasks.frameforge", "FrameForgeTask", "FrameForgeOptions"),
     "self_cognition": ("openkeye.tasks.self_cognition", "SelfCognitionTask", "SelfCognitionOptions"),
     "api_calls": ("openkeye.tasks.api_calls", "ApiCalls", "ApiCalls"),
     "code": ("openkeye.tasks.code_problems", "open_code_task", "CodeOptions"),
@@ -26,7 +33,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "json_lines": ("openkeye.tasks.json_lines", "JsonLinesTask", "JsonLinesOptions"),
 }
 # name: module, class or function that makes it, record of its options (a class may be its own); imported when it is opened
-TAKES_KIND = ("grounding", "counting", "ocr", "spatial")
+TAKES_KIND = ("grounding", "counting", "ocr", "spatial", *(name for name in TASKS if name.startswith("frameforge_")))
 # several names of one class, which is told the name
 TAKES_PANEL = ("json_lines",)
 
