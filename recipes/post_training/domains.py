@@ -70,18 +70,26 @@ def domain_of(name: str) -> Domain:
     return DOMAINS[name]
 
 
-def task_of(name: str, split: str, weight: float = 1.0, options: Mapping[str, Option] | None = None) -> TaskConfig:
+def task_of(
+    name: str, split: str, weight: float = 1.0, options: Mapping[str, Option] | None = None, clips: str = ""
+) -> TaskConfig:
     """A domain's task as a run of reinforcement learning takes it.
 
     Args:
         split: "train", or "test" for examples that no training sees.
         options: that replace some of the domain's.
+        clips: of CLIPS, in place of the domain's own.
+
+    Raises:
+        InputError: no such domain or clips.
     """
     domain = domain_of(name)
-    drawn: dict[str, Option] = {"split": split}
+    if clips and clips not in CLIPS:
+        raise unknown("clips", clips, CLIPS)
+    drawn: dict[str, Option] = {"split": "held_out" if (domain.task, split) == ("api_calls", "test") else split}
     if domain.modality == "video":
         drawn["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return TaskConfig(domain.task, weight, {**domain.options, **drawn, **(options or {})})
+    return TaskConfig(domain.task, weight, {**(CLIPS[clips] if clips else domain.options), **drawn, **(options or {})})
 
 
 def check_domains(names: Sequence[str], least: int = 1) -> tuple[str, ...]:

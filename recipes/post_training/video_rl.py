@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from openkeye.common.fields import unknown
 from openkeye.rl.run_config import Option, PostTrainingConfig, TaskConfig
-from recipes.post_training.domains import CLIPS, KINDS, RATE, task_of
+from recipes.post_training.domains import KINDS, RATE, task_of
 
 RISING = ("localisation", "counting")
 OTHER_WEIGHT = 0.25
@@ -52,15 +52,12 @@ def video_rl(
     tasks: dict[str, TaskConfig] = {}
     unseen: dict[str, TaskConfig] = {}
     for name in clips:
-        if name not in CLIPS:
-            raise unknown("clips", name, CLIPS)
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("kind", kind, KINDS)
             weight = 1.0 if kind in RISING else OTHER_WEIGHT
-            own = {**CLIPS[name], **options}
-            tasks[f"{kind}_{name}"] = _of_clips(task_of(kind, "train", weight, {"seed": seed, **own}), own)
-            unseen[f"unseen_{kind}_{name}"] = _of_clips(task_of(kind, "test", 1.0, own), own)
+            tasks[f"{kind}_{name}"] = task_of(kind, "train", weight, {"seed": seed, **options}, name)
+            unseen[f"unseen_{kind}_{name}"] = task_of(kind, "test", 1.0, options, name)
     return PostTrainingConfig(
         model_dir=model_dir,
         run_dir=run_dir,
@@ -93,8 +90,3 @@ def smoke(run_dir: str = "runs/smoke", out_dir: str = "runs/smoke-model", num_st
     )  # fmt: skip
     return replace(config, temperature=2.0, num_slots=4, has_tensorboard=False)
 
-
-def _of_clips(task: TaskConfig, options: Mapping[str, Option]) -> TaskConfig:
-    """The task on these clips, whatever a domain has by itself."""
-    kept = {name: value for name, value in task.options.items() if name in ("split", "device", "seed")}
-    return replace(task, options={**kept, **options})
