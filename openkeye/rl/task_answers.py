@@ -1,7 +1,8 @@
 """Answers to a task's examples as data for `openkeye train`: what a teacher has said, learnt word by word.
 
     openkeye evaluate task frameforge_counting tier=long --samples 4 --answers counting.jsonl
-    SourceConfig("openkeye.rl.task_answers:TaskAnswers", "counting.jsonl", {"task": "frameforge_counting", "options": "tier=long"})
+    options = {"task": "frameforge_counting", "options": "tier=long"}
+    SourceConfig("openkeye.rl.task_answers:TaskAnswers", "counting.jsonl", options)
 
 Pictures and videos stand in no file: examples are read again from their numbers.
 """

@@ -1,6 +1,6 @@
 """Scores of one model on many domains in one process: its weights are loaded, and graphs captured, once.
 
-    python -m recipes.post_training.scores --model runs/mopd/seed0/student --folder runs/mopd/scores/student/seed0 reading counting
+    python -m recipes.post_training.scores --model STUDENT --folder runs/mopd/scores/student/seed0 reading counting
     python -m recipes.post_training.scores --model TEACHER --split train --answers --folder answers --num 600 reading
 
 A domain may name its clips: `counting_story`. What is there already is left alone; status 3 where time ran out before the last.

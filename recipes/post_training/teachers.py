@@ -69,9 +69,7 @@ def _run(
     groups_per_step: int,
     seed: int,
 ) -> PostTrainingConfig:
-    tasks: dict[str, TaskConfig] = {
-        name: task_of(name, "train", options={"seed": seed}) for name in check_domains(domains)
-    }
+    tasks: dict[str, TaskConfig] = {name: task_of(name, "train", options={"seed": seed}) for name in check_domains(domains)}
     return PostTrainingConfig(
         model_dir=model_dir,
         run_dir=run_dir or f"{out_dir.rstrip('/')}-run",

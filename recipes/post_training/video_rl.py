@@ -28,7 +28,7 @@ def video_rl(
     out_dir: str = "runs/video_rl/model",
     clips: tuple[str, ...] = ("long", "story"),
     kinds: tuple[str, ...] = tuple(KINDS),
-    options: Mapping[str, Option] = {},  # noqa: B006
+    options: Mapping[str, Option] = {},
     num_steps: int = 100,
     group_size: int = 8,
     groups_per_step: int = 16,
@@ -89,4 +89,3 @@ def smoke(run_dir: str = "runs/smoke", out_dir: str = "runs/smoke-model", num_st
         num_steps=num_steps, group_size=4, groups_per_step=1, num_evaluated=1, tokens_per_pack=2_048,
     )  # fmt: skip
     return replace(config, temperature=2.0, num_slots=4, has_tensorboard=False)
-

@@ -30,7 +30,7 @@ from tests.distill.toy_distillation import (
     write_toys,
 )
 
-MOMENTS = ("learnt 1", "saving 2", "written 2", "told 3", "learnt 4", "written 4", "model")
+MOMENTS = ("learnt 1", "saving 2", "written 2", "told 3", "written 4", "model")
 # at each of these the process dies, once; the last life dies of nothing
 SURVIVED = ["none yet"]
 
