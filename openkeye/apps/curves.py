@@ -160,7 +160,8 @@ def _draw_panel(axis: Any, title: str, lines: Lines, scale: str) -> None:
         axis.set_yscale("log")
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25)
-    shown = lines if len(lines) <= NUM_NAMED else [layers[0], layers[-1], *[name for name in lines if name not in colours]]
+    ends = [*layers[:1], *layers[-1:]]
+    shown = lines if len(lines) <= NUM_NAMED else [*ends, *[name for name in lines if name not in colours]]
     handles = [line for line in axis.get_lines() if line.get_label() in list(shown)[: NUM_NAMED + 2]]
     axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
