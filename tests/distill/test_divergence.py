@@ -164,6 +164,30 @@ def test_with_the_rest_as_one_token_mass_moves_in_and_out_of_the_support(support
         assert state.gradient(without[0])[outside].abs().max() < 1e-15 < state.gradient(losses[0])[outside].abs().max()
 
 
+def test_only_with_the_rest_does_descent_bring_the_whole_divergence_down():
+    """Over the student's own top k, again and again: what it takes from there has to go to where its teacher has it."""
+    ends: dict[bool, list[float]] = {True: [], False: []}
+    for has_rest in ends:
+        for seed in range(4):
+            state = State(seed, likeness=0.6)
+            logits, teacher = state.logits_V.detach().clone().requires_grad_(), state.teacher_V
+            config = EstimatorConfig(fallback_mass=0.0, has_rest=has_rest)
+            for _ in range(200):
+                own = logits.log_softmax(-1)
+                ids = choose_support("student", own.detach().topk(TOP_K).indices[None], teacher.topk(TOP_K).indices[None])
+                places = ids.clamp(min=0)
+                row = TokenInputs(own[:1], own[:1].detach(), teacher[:1], torch.zeros(1, dtype=torch.long), ids,
+                                  own[None].gather(1, places), teacher[None].gather(1, places))  # fmt: skip
+                (gradient,) = torch.autograd.grad(token_losses(config, row).sum(), logits)
+                logits = (logits - 2.0 * gradient).detach().requires_grad_()
+            own = logits.detach().log_softmax(-1)
+            before = state.student_V.detach()
+            divergences = [float((log.exp() * (log - teacher)).sum()) for log in (own, before)]
+            ends[has_rest].append(divergences[0] / divergences[1])
+    print(ends)
+    assert max(ends[True]) < 0.6 and sum(ends[True]) < 0.7 * sum(ends[False]), ends
+
+
 def test_the_fallback_is_the_whole_divergences_gradient_with_less_noise():
     for seed in range(5):
         state = State(seed, likeness=0.3)
