@@ -38,7 +38,6 @@ class PictureCache:
                 self._pixels.move_to_end(key)
                 return self._pixels[key]
             pixels = frames.draw()
-            pixels.flags.writeable = False
             self.num_drawn += 1
             self._pixels[key] = pixels
             while len(self._pixels) > 1 and self.num_bytes > self.max_bytes:
