@@ -11,8 +11,16 @@ from openkeye.rl.run_config import Option, TaskConfig
 
 RATE = 5e-5
 # of AdamW on openkeye-tiny: the 30B's 1e-6 goes with 1 / width squared
+GPU_CACHE_TOKENS = 524_288
+# of one engine: some forty clips of minutes, two GiB at openkeye-tiny's size
 LONGEST_TOKENS = 20_480
 # of a clip's frames: with their times and a question they fit the 32,768 that openkeye-tiny reads
+
+
+def engine_settings() -> dict[str, Option]:
+    """Of an engine that shares its GPU with other engines and the learner: by itself it would take all memory for its pages."""
+    room: dict[str, Option] = {"cache_tokens": GPU_CACHE_TOKENS} if torch.cuda.is_available() else {}
+    return {"prefill_chunk_tokens": 8192, "vision_cache_bytes": 1 << 30, **room}
 
 
 @dataclass(frozen=True)

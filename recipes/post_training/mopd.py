@@ -17,7 +17,7 @@ from openkeye.distill.repetition import RepetitionConfig
 from openkeye.distill.scaling import ScalingConfig
 from openkeye.rl.run_config import Option
 from openkeye.train.config import RunConfig, StageConfig
-from recipes.post_training.domains import DOMAINS, RATE, TAUGHT, check_domains, task_of
+from recipes.post_training.domains import DOMAINS, RATE, TAUGHT, check_domains, engine_settings, task_of
 
 LEAST_TEACHERS = 5
 
@@ -132,7 +132,7 @@ def _run(
     rate: float,
     seed: int,
 ) -> DistillRun:
-    options: dict[str, Option] = {"engine.prefill_chunk_tokens": 8192}
+    options: dict[str, Option] = {f"engine.{key}": value for key, value in engine_settings().items()}
     for name in domains:
         own = task_of(name, "train", options={"seed": 1000 + seed}).options
         # (clips that no teacher has learnt from)

@@ -9,7 +9,7 @@ All begin with the same weights. One domain after the other is `teachers` from t
 from dataclasses import replace
 
 from openkeye.rl.run_config import PostTrainingConfig, TaskConfig
-from recipes.post_training.domains import RATE, TAUGHT, check_domains, task_of
+from recipes.post_training.domains import RATE, TAUGHT, check_domains, engine_settings, task_of
 from recipes.post_training.video_rl import FORMAT_WEIGHT
 
 MAX_TOKENS = 160
@@ -83,7 +83,7 @@ def _run(
         max_age=1,
         algorithm={"objective": "gspo", "reward_weights.format": FORMAT_WEIGHT},
         learner={"trains": "decoder", "rate": rate, "num_warmup_steps": 5, "tokens_per_pack": 65_536},
-        engine={"vision_cache_bytes": 1 << 30, "prefill_chunk_tokens": 8192},
+        engine=engine_settings(),
         max_tokens=MAX_TOKENS,
         num_slots=64,
         save_every_steps=20,

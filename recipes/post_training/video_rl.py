@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from openkeye.common.fields import unknown
 from openkeye.rl.run_config import Option, PostTrainingConfig, TaskConfig
-from recipes.post_training.domains import KINDS, RATE, task_of
+from recipes.post_training.domains import KINDS, RATE, engine_settings, task_of
 
 RISING = ("localisation", "counting")
 OTHER_WEIGHT = 0.25
@@ -71,7 +71,7 @@ def video_rl(
         max_age=1,
         algorithm={"objective": "gspo", "reward_weights.format": FORMAT_WEIGHT},
         learner={"trains": "decoder", "rate": rate, "num_warmup_steps": 5, "tokens_per_pack": tokens_per_pack},
-        engine={"vision_cache_bytes": 1 << 30, "prefill_chunk_tokens": 8192},
+        engine=engine_settings(),
         max_tokens=MAX_TOKENS,
         evaluate_every=num_steps if num_evaluated else 0,
         evaluation_tasks=unseen if num_evaluated else {},
