@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         _write(arguments.answers, [])
     rollouts = asyncio.run(_play(arguments, task, numbers, engine_from(arguments, arguments.attention)))
     if arguments.answers:
-        _write(arguments.answers, rollouts)
-    report = _report(rollouts, len(numbers))
+        write_answers(arguments.answers, rollouts)
+    report = report_of(rollouts, len(numbers))
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -91,7 +91,7 @@ async def _play(arguments: argparse.Namespace, task: "Task", numbers: range, eng
             policy.close()
 
 
-def _report(rollouts: "list[Rollout]", num_examples: int) -> dict[str, Any]:
+def report_of(rollouts: "list[Rollout]", num_examples: int) -> dict[str, Any]:
     """Means of the rewards with intervals over examples; an episode whose world broke counts as nothing right."""
     import numpy as np
 
@@ -111,14 +111,23 @@ def _report(rollouts: "list[Rollout]", num_examples: int) -> dict[str, Any]:
     return report
 
 
-def _write(path: str, rollouts: "list[Rollout]") -> None:
+def write_answers(path: str, rollouts: "list[Rollout]") -> None:
+    """Every answer with its rewards, as JSON lines (`openkeye.rl.task_answers` learns from them)."""
     from pathlib import Path
 
     from openkeye.common.checks import writing_to
 
     with writing_to(Path(path)):
         lines = [
-            json.dumps({"id": str(one.id), "answer": one.text, "finish": one.finish_reason, "rewards": dict(one.rewards)})
+            json.dumps(
+                {
+                    "id": str(one.id),
+                    "number": one.id.number,
+                    "answer": one.text,
+                    "finish": one.finish_reason,
+                    "rewards": dict(one.rewards),
+                }
+            )
             for one in rollouts
         ]
         Path(path).write_text("".join(f"{line}\n" for line in lines))

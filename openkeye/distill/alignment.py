@@ -8,16 +8,16 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from openkeye.agents.model_client import Message
 from openkeye.distill.scored import Scored
-from openkeye.inputs.encode import encode
 from openkeye.inputs.processor import Processor
 from openkeye.inputs.prompt import Prompt
+from openkeye.rl.policy_engine import lay_out_prompt
 from openkeye.rl.rollout import Rollout
 from openkeye.tasks.task import Example
 
@@ -80,10 +80,9 @@ class PromptReader(Protocol):
 class ProcessorReader:
     """`PromptReader` of a checkpoint."""
 
-    def __init__(self, processor: Processor, **options: Any) -> None:
-        """options: of `inputs.encode.lay_out`."""
+    def __init__(self, processor: Processor) -> None:
         self.identity = TokenizerIdentity.of(processor)
-        self._processor, self._options = processor, options
+        self._processor = processor
 
     async def read(self, example: Example) -> Prompt:
         """See `PromptReader.read`. The opening of an episode is that of its environment, which begins anew."""
@@ -92,8 +91,8 @@ class ProcessorReader:
         if example.environment is not None:
             opening = await example.environment.reset()
             messages, tools = opening.messages, opening.tools
-        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        return await asyncio.to_thread(encode, messages, self._processor, **options, **self._options)
+        # Without patches: pixels are for whoever computes.
+        return await asyncio.to_thread(lay_out_prompt, messages, self._processor, tools)
 
 
 def find_mismatch(

@@ -4,6 +4,9 @@ With the student's distribution pi, the teacher's T, a support O of tokens, and 
 
     A(s)      = sum over O of q(v) * (log T(v) - log pi(v))            the report's advantage, a number of the state alone
     in-support  KL(q || T renormalised on O); its gradient is that of -sum over O of q(v) * stop[log T(v) - log pi(v)]
+    with rest   sum over O of pi(v) * (log pi(v) - log T(v)) + pi(rest) * (log pi(rest) - log T(rest)), all that is outside of O
+                as one token: by the chain rule pi(O) times the in-support one and the KL of the masses on O, without which
+                nothing holds a student to the mass that its teacher has there
     literal     -A(s) * log pi(y), y the sampled token: over y its gradient is zero, whatever the teacher says
     sampled     -stop[log T(y) - log pi(y)] * log pi(y): over y its gradient is that of KL(pi || T)
     baseline    -[y in O] * stop[log T(y) - log pi(y) - A(s)] * log pi(y): over y its gradient is pi(O) times the in-support one
@@ -22,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from openkeye.distill.estimator_config import EstimatorConfig
 
 NO_TOKEN = -1
+LEAST_REST = 1e-6
+# probability outside of a support, as far as a sum in fp32 tells it
 # in a support, where it is smaller than K
 SLAB_ROWS = 256
 # tokens whose logits stand in memory at once: a row is as wide as the vocabulary
@@ -49,6 +54,8 @@ class SupportTerms:
 
     kl_n: Tensor
     # in-support reverse KL, with gradient to the student; 0 for an empty support
+    coarse_kl_n: Tensor
+    # the same of whole distributions, what is outside of the support taken for one token; with gradient
     advantage_n: Tensor
     # A(s), without gradient; 0 for an empty support
     student_mass_n: Tensor
@@ -79,7 +86,21 @@ def support_terms(student_nK: Tensor, teacher_nK: Tensor, is_used_nK: Tensor) ->
         advantage_n = (share_nK * (given - own).masked_fill(~is_used_nK, 0.0)).sum(dim=-1)
     # Through the share alone: sum of q * grad log q is zero, and here it is exactly so.
     kl_n = (share_nK * difference_nK).sum(dim=-1)
-    return SupportTerms(kl_n, advantage_n, student_mass, teacher_mass, num_shared)
+    coarse_kl_n = _coarse_kl(torch.where(is_used_nK, student_nK, 0.0), teacher_nK, is_used_nK, student_mass, teacher_mass)
+    return SupportTerms(kl_n, coarse_kl_n, advantage_n, student_mass, teacher_mass, num_shared)
+
+
+def _coarse_kl(
+    student_nK: Tensor, teacher_nK: Tensor, is_used_nK: Tensor, student_mass_n: Tensor, teacher_mass_n: Tensor
+) -> Tensor:
+    """[n]. The probability of the rest is one less the support's, so its gradient is in the support's tokens too."""
+    with torch.no_grad():
+        own_rest, given_rest = ((1 - mass).clamp_min(LEAST_REST).log() for mass in (student_mass_n, teacher_mass_n))
+        rest_n = own_rest - given_rest
+        difference_nK = torch.where(is_used_nK, student_nK - teacher_nK, 0.0)
+    # Differences are constants: the gradients of their own logarithms cancel.
+    moved_nK = torch.where(is_used_nK, student_nK.exp() * (difference_nK - rest_n[:, None]), 0.0)
+    return moved_nK.sum(dim=-1) + rest_n
 
 
 def sampled_losses(
@@ -150,9 +171,14 @@ def token_losses(config: EstimatorConfig, tokens: TokenInputs) -> Tensor:
             raise ValueError("a baseline needs the sampled tokens' ids")
         is_in_support_n = is_among(tokens.sampled_ids_n[:, None], tokens.support_ids_nK)[:, 0]
         return _sampled(config, tokens, terms.advantage_n, is_in_support_n)
-    losses_n = terms.kl_n * terms.student_mass_n if config.is_mass_weighted else terms.kl_n
+    if config.has_rest:
+        losses_n = terms.coarse_kl_n
+    else:
+        losses_n = terms.kl_n * terms.student_mass_n if config.is_mass_weighted else terms.kl_n
     if config.fallback_mass:
-        losses_n = torch.where(terms.student_mass_n < config.fallback_mass, _sampled(config, tokens), losses_n)
+        # Without its mean the advantage is negative nearly everywhere: whatever was sampled would be made less likely.
+        baseline_n = -terms.coarse_kl_n.detach() if config.has_rest else None
+        losses_n = torch.where(terms.student_mass_n < config.fallback_mass, _sampled(config, tokens, baseline_n), losses_n)
     return losses_n
 
 

@@ -22,6 +22,11 @@ class EstimatorConfig:
     top_k: int = 16
     is_mass_weighted: bool = True
     # "overlap_kl" counts as much as the student's probability on the support
+    has_rest: bool = True
+    # "overlap_kl": what is outside of the support counts as one token more, and mass moves in and out of it; False: only shares
+    # inside of it are compared, as the report has it
+    widens: bool = True
+    # support "overlap": the student's whole top k where its probability on the overlap is below fallback_mass
     fallback_mass: float = 0.5
     # "overlap_kl" becomes "sampled" where that probability is lower; 0: never
     has_baseline: bool = False

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from openkeye.common.checks import InputError, writing_to
 from openkeye.common.fields import unknown
+from openkeye.common.log import forget_after
 from openkeye.data.document import Document
 from openkeye.data.mixture import keyed, permuted
 from openkeye.distill.alignment import PromptReader, check_lengths, find_mismatch, is_finite, is_own_prompt
@@ -266,12 +267,17 @@ async def distill(
 ) -> bool:
     """The whole run, from the learner's version on; False where it was stopped before its end.
 
+    A process that is killed loses what lies behind the learner's last checkpoint: the next one repeats those steps, from the
+    same weights, over the same examples, under the same rollout ids. A step's line is in the log before its checkpoint, and
+    lines behind the checkpoint are forgotten, so that the log has each step once.
+
     Raises:
         InputError: as `Distillation.step`, or the folders cannot be written.
     """
     distillation = Distillation(run.distill, parts)
     folder = Path(run.run_dir)
     claim_run_dir(run)
+    forget_after(folder / LOG_FILE, parts.learner.version)
     try:
         await parts.policy.publish(parts.learner.version, parts.learner.weights())
         while parts.learner.version < run.num_steps:
@@ -280,10 +286,10 @@ async def distill(
                 return False
             step = parts.learner.version
             record = await distillation.step(step_examples(run, parts.tasks, step), step)
-            if parts.learner.version % run.save_every_steps == 0 or parts.learner.version == run.num_steps:
-                parts.learner.save()
             with writing_to(folder), (folder / LOG_FILE).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
+            if parts.learner.version % run.save_every_steps == 0 or parts.learner.version == run.num_steps:
+                parts.learner.save()
             tell(record)
         parts.learner.write_model(Path(run.out_dir))
         return True

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openkeye.distill.config import DistillConfig
 from openkeye.distill.divergence import (
+    NO_TOKEN,
     OVERLAP_FIGURES,
     TokenInputs,
     choose_support,
@@ -136,7 +137,11 @@ def _support(sample: TaughtSample, config: EstimatorConfig) -> tuple[np.ndarray,
         return scored.top_ids, scored.top_logprobs
     assert sample.student is not None, "a support of the student needs its top k"
     own, given = (torch.from_numpy(ids).long() for ids in (sample.student.top_ids, scored.top_ids))
-    return choose_support(config.support, own, given).numpy(), scored.chosen
+    chosen = choose_support(config.support, own, given)
+    if config.support == "overlap" and config.widens and config.fallback_mass:
+        mass_T = torch.where(chosen != NO_TOKEN, torch.from_numpy(sample.student.top_logprobs).exp(), 0.0).sum(dim=-1)
+        chosen = torch.where((mass_T < config.fallback_mass)[:, None], own, chosen)
+    return chosen.numpy(), scored.chosen
 
 
 class SampledTokens(Protocol):

@@ -19,7 +19,8 @@ import torch
 from openkeye.common.fields import unknown
 from openkeye.distill.scored import ModelScorer, ResponseScorer, Scored
 from openkeye.distill.teacher_weights import ResidentWeights, WeightFigures, is_delta, weights_hash
-from openkeye.inputs.prompt import Prompt, picture_hash
+from openkeye.inputs.picture_hash import picture_hash
+from openkeye.inputs.prompt import Prompt
 from openkeye.inputs.video import Frames, VideoRequest
 from openkeye.model.keye import KeyeModel
 
@@ -351,7 +352,6 @@ def score_key(weights: str, prompt: Prompt, output_ids: np.ndarray, chosen_ids: 
         if isinstance(medium, VideoRequest):
             content.update(f"{medium.source} {medium.plan}".encode() + medium.frame_numbers.tobytes())
         else:
-            pixels = medium.pixels if isinstance(medium, Frames) else medium[None]
-            for picture in pixels:
-                content.update(picture_hash(picture).encode())
+            for name in medium.hashes if isinstance(medium, Frames) else [picture_hash(medium)]:
+                content.update(name.encode())
     return content.digest()

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -217,8 +219,9 @@ class Runner:
     def _patches(self, request: Request, pictures: list[Picture]) -> Patches:
         vision = self.model.config.vision
         assert vision is not None
-        # As bytes, a quarter of the patches' size, they go to the device.
-        pixels = [torch.from_numpy(request.media.pixels(picture.number)).to(self.device) for picture in pictures]
-        patches = join_patches([patches_from_pixels(picture[None], vision.patch_size) for picture in pixels])
+        pixels = [request.media.pixels(picture.number) for picture in pictures]
+        # As bytes, a quarter of the patches' size, they go to the device; those of one size that follow one another together.
+        runs = [np.stack(list(run)) for _, run in groupby(pixels, key=lambda picture: picture.shape)]
+        patches = join_patches([patches_from_pixels(torch.from_numpy(run).to(self.device), vision.patch_size) for run in runs])
         assert patches is not None
         return Patches(patches.pixels.to(self.dtype), patches.grid_thw)

@@ -24,7 +24,8 @@ from openkeye.engine.config import SamplingParameters
 from openkeye.engine.loop import Engine
 from openkeye.engine.request import Request
 from openkeye.engine.weight_update import Change, put_changes
-from openkeye.inputs.prompt import Prompt, picture_hash
+from openkeye.inputs.picture_hash import picture_hash
+from openkeye.inputs.prompt import Prompt
 from openkeye.inputs.video import Frames, VideoRequest
 
 SLAB_ROWS = 256
@@ -264,5 +265,4 @@ def _key(model: str, prompt: Prompt, output_T: np.ndarray, chosen_TK: np.ndarray
 def _name_of(item: np.ndarray | Frames | VideoRequest) -> str:
     if isinstance(item, VideoRequest):
         return f"{item.source} {item.plan} {item.frame_numbers.tolist()}"
-    pictures = item.pixels if isinstance(item, Frames) else item[None]
-    return " ".join(picture_hash(picture) for picture in pictures)
+    return " ".join(item.hashes if isinstance(item, Frames) else [picture_hash(item)])

@@ -17,9 +17,10 @@ from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, l
 from openkeye.inputs.messages import MediaPart, split_messages
 from openkeye.inputs.model_input import ModelInput
 from openkeye.inputs.patches import join_patches, patches_from_pixels
+from openkeye.inputs.picture_hash import picture_hash
 from openkeye.inputs.positions import position_ids
 from openkeye.inputs.processor import Processor
-from openkeye.inputs.prompt import EncodedPrompt, Medium, Picture, Prompt, picture_hash, picture_size
+from openkeye.inputs.prompt import EncodedPrompt, Medium, Picture, Prompt, picture_size
 from openkeye.inputs.sampling import ImageLimits, VideoLimits, plan_video
 from openkeye.inputs.video import Frames, Progress, VideoRequest, read_request, request_video
 from openkeye.inputs.video_scan import VideoScan, scan_video

@@ -1,6 +1,5 @@
 """`Prompt`: tokens and positions of a chat, and the media in it, whose pixels may be still to come."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -77,10 +76,3 @@ def picture_size(medium: Medium) -> tuple[int, int]:
     if isinstance(medium, Frames):
         return medium.picture_size
     return int(medium.shape[0]), int(medium.shape[1])
-
-
-def picture_hash(picture_HWC: np.ndarray) -> str:
-    """32 hexadecimal digits: equal for equal pixels of equal shape."""
-    content = hashlib.blake2b(repr(picture_HWC.shape).encode(), digest_size=16)
-    content.update(np.ascontiguousarray(picture_HWC).data)
-    return content.hexdigest()

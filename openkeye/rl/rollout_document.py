@@ -4,6 +4,7 @@ Letters: L tokens of a document, P prompt tokens, T output tokens of a rollout.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from openkeye.data.convert import pixels_of
 from openkeye.data.document import Document, Pictures, PixelPictures
+from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
 from openkeye.inputs.prompt import Prompt
 from openkeye.rl.rollout import Rollout
+from openkeye.tasks.drawn_frames import DrawnFrames
 
 
 def rollout_document(prompt: Prompt, rollout: Rollout, patch_size: int = 14) -> Document:
@@ -95,5 +98,31 @@ def _is_media(prompt: Prompt, num_behind: int) -> Tensor:
     return mask
 
 
+@dataclass(frozen=True)
+class DrawnClip:
+    """`Pictures` of a clip that is drawn on a GPU: there they stay, where the learner computes there too."""
+
+    frames: DrawnFrames
+    patch_size: int
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.frames.times_seconds)
+
+    def patches(self, device: torch.device | str) -> Patches:
+        """See `Pictures.patches`."""
+        if torch.device(device).type != torch.device(self.frames.device).type:
+            # Another device may round otherwise, and the engine saw these.
+            return PixelPictures([self.frames.pixels], self.patch_size).patches(device)
+        patches = join_patches([patches_from_pixels(part, self.patch_size) for part in self.frames.parts(device)])
+        assert patches is not None, "a clip has frames"
+        return patches
+
+
 def _pictures(prompt: Prompt, patch_size: int) -> tuple[Pictures, ...]:
-    return (PixelPictures([pixels_of(item) for item in prompt.media], patch_size),) if prompt.media else ()
+    return tuple(
+        DrawnClip(item, patch_size)
+        if isinstance(item, DrawnFrames) and torch.device(item.device).type != "cpu"
+        else PixelPictures([pixels_of(item)], patch_size)
+        for item in prompt.media
+    )

@@ -2,10 +2,12 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from openkeye.frameforge.render import RenderJob, render, scene_job, split_job
 from openkeye.frameforge.scene import Scene
@@ -130,17 +132,17 @@ class DrawnFrames(Frames):
 
     def draw(self) -> np.ndarray:
         """The pixels, drawn anew on `device`, a few hundred frames at a time."""
-        pixels = np.empty((len(self.times_seconds), self.side, self.side, 3), np.uint8)
-        table = None if self.damage_seed is None else damage_table(self.damage_seed, len(pixels))
+        return np.concatenate([part.cpu().numpy() for part in self.parts(self.device)])
+
+    def parts(self, device: torch.device | str) -> Iterator[torch.Tensor]:
+        """[n, side, side, 3] uint8 on a device, a few hundred frames at a time, all of them together."""
+        table = None if self.damage_seed is None else damage_table(self.damage_seed, len(self.times_seconds))
         first = 0
         for part in split_job(self.job, FRAMES_AT_ONCE):
-            drawn = render(part, self.side, self.device)
+            drawn = render(part, self.side, device)
             last = first + len(drawn)
-            if table is not None:
-                drawn = codec_like_by_frame(drawn, table[first:last])
-            pixels[first:last] = drawn.cpu().numpy()
+            yield drawn if table is None else codec_like_by_frame(drawn, table[first:last])
             first = last
-        return pixels
 
 
 def sampled_times(num_file_frames: int, file_fps: float, limits: VideoLimits, side: int) -> tuple[list[float], int]:

@@ -124,3 +124,9 @@ def test_curves_show_rollouts(tmp_path):
     shown = {title for title, lines, _ in _panels(records) if lines}
     assert {"reward of rollouts", "outcome by task", "entropy (nats)", "groups and rollouts", "seconds by phase"} <= shown
     assert draw_curves(tmp_path / "run").is_file()
+
+
+def test_curves_of_many_tasks_name_as_many_as_there_is_room_for(tmp_path):
+    record = {"step": 1, "stage": "post-training"} | {f"outcome/task {number}": number / 20 for number in range(14)}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record | {"step": step}) + "\n" for step in (1, 2)))
+    assert draw_curves(tmp_path).stat().st_size > 5_000

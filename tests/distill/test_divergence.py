@@ -1,5 +1,7 @@
 """Identities of the estimators, in float64 over whole distributions: expectations are sums, so nothing here is noise."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from openkeye.distill.divergence import (
 from openkeye.distill.estimator_config import ESTIMATORS, EstimatorConfig
 
 V, TOP_K = 50, 8
-PLAIN = {"is_mass_weighted": False, "fallback_mass": 0.0}
+PLAIN = {"has_rest": False, "is_mass_weighted": False, "fallback_mass": 0.0}
 
 
 class State:
@@ -118,7 +120,7 @@ def test_sampled_token_against_the_baseline_goes_where_the_in_support_form_goes(
         assert cosine(sampled, inside) > 1 - 1e-12
         # The mass on the support is what they differ by, so that the weighted form is the same in size too.
         assert (sampled - terms.student_mass_n[0] * inside).abs().max() < 1e-15
-        weighted = state.expected_gradient(EstimatorConfig("overlap_kl", fallback_mass=0.0))
+        weighted = state.expected_gradient(EstimatorConfig("overlap_kl", fallback_mass=0.0, has_rest=False))
         assert (sampled - weighted).abs().max() < 1e-15
         masked = token_losses(EstimatorConfig("sampled"), state.every_token()) * torch.isin(torch.arange(V), state.ids_K)
         assert cosine(state.gradient((state.student_V.detach().exp() * masked).sum()), inside) < 0.999, "the baseline matters"
@@ -134,6 +136,70 @@ def test_sampled_and_full_have_the_gradient_of_the_whole_divergence():
     assert torch.allclose(terms.kl_n[0], whole) and (state.gradient(terms.kl_n[0]) - expected).abs().max() < 1e-14
     state.ids_K = torch.arange(V)
     assert (state.expected_gradient(EstimatorConfig("full")) - expected).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("support", ["overlap", "student", "teacher"])
+def test_with_the_rest_as_one_token_mass_moves_in_and_out_of_the_support(support):
+    for seed in range(5):
+        state = State(seed, support=support)
+        used = state.ids_K[state.ids_K >= 0]
+
+        def coarse(log_V: Tensor, used: Tensor = used) -> Tensor:
+            inside = log_V[used].exp()
+            return torch.cat([inside, 1 - inside.sum(dim=0, keepdim=True)])
+
+        own, given = coarse(state.student_V), coarse(state.teacher_V)
+        plain = (own * (own.log() - given.log())).sum()
+        config = EstimatorConfig(support=support, fallback_mass=0.0)
+        losses = token_losses(config, state.every_token())
+        assert torch.allclose(losses[0], plain, rtol=0, atol=1e-13)
+        assert (state.gradient(losses[0]) - state.gradient(plain)).abs().max() < 1e-14
+        # The chain rule: the part inside, and the masses, which the form without the rest has no gradient of.
+        terms = support_terms(*_support(state))
+        masses = coarse(state.student_V)[-1], coarse(state.teacher_V)[-1]
+        between = sum(a * (a / b).log() for a, b in (masses, (1 - masses[0], 1 - masses[1])))
+        assert torch.allclose(plain, terms.student_mass_n[0] * terms.kl_n[0] + between, atol=1e-13)
+        outside = [token for token in range(V) if token not in used]
+        without = token_losses(EstimatorConfig(support=support, fallback_mass=0.0, has_rest=False), state.every_token())
+        assert state.gradient(without[0])[outside].abs().max() < 1e-15 < state.gradient(losses[0])[outside].abs().max()
+
+
+def test_only_with_the_rest_does_descent_bring_the_whole_divergence_down():
+    """Over the student's own top k, again and again: what it takes from there has to go to where its teacher has it."""
+    ends: dict[bool, list[float]] = {True: [], False: []}
+    for has_rest in ends:
+        for seed in range(4):
+            state = State(seed, likeness=0.6)
+            logits, teacher = state.logits_V.detach().clone().requires_grad_(), state.teacher_V
+            config = EstimatorConfig(fallback_mass=0.0, has_rest=has_rest)
+            for _ in range(200):
+                own = logits.log_softmax(-1)
+                ids = choose_support("student", own.detach().topk(TOP_K).indices[None], teacher.topk(TOP_K).indices[None])
+                places = ids.clamp(min=0)
+                row = TokenInputs(own[:1], own[:1].detach(), teacher[:1], torch.zeros(1, dtype=torch.long), ids,
+                                  own[None].gather(1, places), teacher[None].gather(1, places))  # fmt: skip
+                (gradient,) = torch.autograd.grad(token_losses(config, row).sum(), logits)
+                logits = (logits - 2.0 * gradient).detach().requires_grad_()
+            own = logits.detach().log_softmax(-1)
+            before = state.student_V.detach()
+            divergences = [float((log.exp() * (log - teacher)).sum()) for log in (own, before)]
+            ends[has_rest].append(divergences[0] / divergences[1])
+    print(ends)
+    assert max(ends[True]) < 0.6 and sum(ends[True]) < 0.7 * sum(ends[False]), ends
+
+
+def test_the_fallback_is_the_whole_divergences_gradient_with_less_noise():
+    for seed in range(5):
+        state = State(seed, likeness=0.3)
+        whole = state.gradient((state.student_V.exp() * (state.student_V - state.teacher_V)).sum())
+        noise = []
+        for has_rest in (True, False):
+            config = EstimatorConfig(fallback_mass=1.0, has_rest=has_rest)
+            assert (state.expected_gradient(config) - whole).abs().max() < 1e-14
+            losses = token_losses(config, state.every_token())
+            each = torch.stack([state.gradient(losses[token]) for token in range(V)])
+            noise.append(float((state.student_V.detach().exp() * (each - whole).square().sum(dim=1)).sum()))
+        assert noise[0] < noise[1]
 
 
 def test_near_the_teacher_the_overlap_form_points_where_the_whole_divergence_does():
@@ -190,10 +256,13 @@ def test_mass_weight_and_fallback_are_switches():
     mass = float(terms.student_mass_n[0])
     assert 0.1 < mass < 0.95
     assert torch.equal(token_losses(EstimatorConfig(**PLAIN), tokens), terms.kl_n)
-    assert torch.equal(token_losses(EstimatorConfig(fallback_mass=0.0), tokens), terms.kl_n * terms.student_mass_n)
-    assert torch.equal(token_losses(EstimatorConfig(fallback_mass=mass - 0.01), tokens), terms.kl_n * terms.student_mass_n)
+    inside = partial(EstimatorConfig, has_rest=False)
+    assert torch.equal(token_losses(inside(fallback_mass=0.0), tokens), terms.kl_n * terms.student_mass_n)
+    assert torch.equal(token_losses(inside(fallback_mass=mass - 0.01), tokens), terms.kl_n * terms.student_mass_n)
     sampled = token_losses(EstimatorConfig("sampled"), tokens)
-    assert torch.equal(token_losses(EstimatorConfig(fallback_mass=mass + 0.01), tokens), sampled)
+    assert torch.equal(token_losses(inside(fallback_mass=mass + 0.01), tokens), sampled)
+    assert torch.equal(token_losses(EstimatorConfig(fallback_mass=mass - 0.01), tokens), terms.coarse_kl_n)
+    assert not torch.equal(token_losses(EstimatorConfig(fallback_mass=mass + 0.01), tokens), sampled)
 
 
 def test_importance_window_leaves_out_tokens_that_have_moved():

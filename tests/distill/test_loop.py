@@ -243,9 +243,11 @@ def test_noisy_domains_are_scaled_down(folders):
 
 def test_columns_of_a_support(folders):
     sample = sample_of("maths", [7, 5], [True, True], [0, 0])
-    ids, given = joined_support(sample, EstimatorConfig())
-    # The student's top k is 4, 5 and the teacher's 6, 5.
+    ids, given = joined_support(sample, EstimatorConfig(fallback_mass=0.4))
+    # The student's top k is 4, 5 and the teacher's 6, 5; exp(-0.7) is 0.497.
     assert ids.tolist() == [[7, NO_TOKEN, 5], [5, NO_TOKEN, 5]]
+    assert joined_support(sample, EstimatorConfig(widens=False))[0].tolist() == ids.tolist()
+    assert joined_support(sample, EstimatorConfig(fallback_mass=0.5))[0].tolist() == [[7, 4, 5], [5, 4, 5]]
     assert given[:, 0].tolist() == [-2.0, -1.0] and given[0, 2] == -1.5
     assert joined_support(sample, EstimatorConfig("sampled"))[0].shape == (2, NUM_OWN_COLUMNS)
     assert joined_support(sample, EstimatorConfig(support="student"))[0][0].tolist() == [7, 4, 5]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from openkeye.data.document import PixelPictures
 from openkeye.data.packed_batch import pack
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.loop import Engine
@@ -13,7 +14,9 @@ from openkeye.model.weights import load_model
 from openkeye.rl.episode import run_episode
 from openkeye.rl.policy_engine import lay_out_prompt
 from openkeye.rl.rollout import Rollout, RolloutId
-from openkeye.rl.rollout_document import group_document, rollout_document
+from openkeye.rl.rollout_document import DrawnClip, group_document, rollout_document
+from openkeye.tasks.drawn_frames import PICTURES
+from openkeye.tasks.registry import open_task
 from openkeye.train.packed_past import PackedPast
 from tests.engine.test_loop import QUESTIONS, chat
 from tests.rl.test_policy_engine import with_policy
@@ -87,3 +90,18 @@ def test_another_prompt_is_refused(group):
             document(other, rollouts[0])
         with pytest.raises(ValueError, match="nothing to learn"):
             document(prompt, nothing)
+
+
+def test_a_clip_of_a_gpu_is_drawn_there_again_and_read_from_the_host_elsewhere():
+    frames = open_task("frameforge_counting", {}).read(3).messages[0]["content"][0]["video"]
+    clip = DrawnClip(frames, 14)
+    plain = PixelPictures([frames.pixels]).patches("cpu")
+    drawn = clip.patches("cpu")
+    assert clip.num_pictures == len(frames.times_seconds) == len(drawn.grid_thw)
+    assert drawn.pixels.equal(plain.pixels) and drawn.grid_thw.equal(plain.grid_thw)
+    # Drawn by another device: what it has drawn is read, and nothing drawn anew.
+    elsewhere = frames.on("cuda")
+    PICTURES.clear()
+    PICTURES._pixels[elsewhere.key] = 255 - frames.pixels
+    assert not DrawnClip(elsewhere, 14).patches("cpu").pixels.equal(plain.pixels)
+    PICTURES.clear()
