@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--samples is {arguments.samples}; give at least 1")
     if arguments.answers:
         # Before hours of answers, not after.
-        _write(arguments.answers, [])
+        write_answers(arguments.answers, [])
     rollouts = asyncio.run(_play(arguments, task, numbers, engine_from(arguments, arguments.attention)))
     if arguments.answers:
         write_answers(arguments.answers, rollouts)
