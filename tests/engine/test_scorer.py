@@ -65,14 +65,14 @@ def test_scores_are_those_of_a_dense_log_softmax(video, config):
         expected = dense(engine, messages, output)
         assert scored.model == "teacher" and scored.logprobs.dtype == scored.chosen.dtype == np.float32
         assert scored.logprobs == pytest.approx(
-            expected.gather(1, torch.from_numpy(output).long()[:, None])[:, 0].numpy(), abs=2e-5
+            expected.gather(1, torch.from_numpy(output).long()[:, None])[:, 0].numpy(), rel=5e-6, abs=2e-5
         )
         of_chosen = expected.gather(1, torch.from_numpy(ids.clip(min=0))).numpy()
-        assert scored.chosen == pytest.approx(np.where(ids == -1, -np.inf, of_chosen), abs=2e-5)
+        assert scored.chosen == pytest.approx(np.where(ids == -1, -np.inf, of_chosen), rel=5e-6, abs=2e-5)
         values, _ = expected.topk(6)
-        assert scored.top_logprobs == pytest.approx(values.numpy(), abs=2e-5)
+        assert scored.top_logprobs == pytest.approx(values.numpy(), rel=5e-6, abs=2e-5)
         assert scored.top_logprobs == pytest.approx(
-            expected.gather(1, torch.from_numpy(scored.top_ids).long()).numpy(), abs=2e-5
+            expected.gather(1, torch.from_numpy(scored.top_ids).long()).numpy(), rel=5e-6, abs=2e-5
         )
 
 
@@ -107,8 +107,10 @@ def test_what_was_scored_is_remembered_by_model_ids_and_support(video):
     assert (first.model, second.model) == ("teacher", "other")
     ids = torch.from_numpy(OUTPUT).long()[:, None]
     expected = dense(engine, chat(video, QUESTIONS[0]), OUTPUT, other).gather(1, ids)[:, 0].numpy()
-    assert second.logprobs == pytest.approx(expected, abs=2e-5) and first.logprobs != pytest.approx(expected, abs=1e-3)
-    assert third.logprobs == pytest.approx(first.logprobs, abs=2e-5)
+    assert second.logprobs == pytest.approx(expected, rel=5e-6, abs=2e-5) and first.logprobs != pytest.approx(
+        expected, abs=1e-3
+    )
+    assert third.logprobs == pytest.approx(first.logprobs, rel=5e-6, abs=2e-5)
 
 
 def test_memory_of_results_is_bounded():

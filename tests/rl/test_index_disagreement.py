@@ -14,6 +14,7 @@ from openkeye.engine.loop import Engine
 from openkeye.engine.recorded_answer import Picks
 from openkeye.rl.advantage import streams_of
 from openkeye.rl.config import AlgorithmConfig, LearnerConfig
+from openkeye.rl.context_rl import RecoverySettings
 from openkeye.rl.episode import EpisodeInterrupted, run_episode
 from openkeye.rl.groups import GroupBook
 from openkeye.rl.journal import Journal
@@ -116,7 +117,7 @@ def test_keys_are_compared_as_sets_and_what_is_missing_counts_for_nothing():
 
 
 def test_picks_come_back_from_the_journal(tmp_path: Path, samples: list[LearnerSample]):
-    book = GroupBook(Journal(tmp_path), has_scorers=False)
+    book = GroupBook(Journal(tmp_path), False, RecoverySettings())
     book.record("opened", {"group": 0, "task": "asked", "number": 0, "size": NUM_MEMBERS})
     for sample in samples:
         book.record_finished(RolloutOrder(sample.rollout.id), sample.rollout)

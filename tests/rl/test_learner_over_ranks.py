@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from openkeye.rl.context_rl import RecoverySettings
 from openkeye.rl.groups import GroupBook
 from openkeye.rl.journal import Journal
 from openkeye.rl.loop import JOURNAL_DIR, Orchestrator
@@ -78,5 +79,5 @@ def test_two_ranks_learn_as_one_does_and_a_killed_one_costs_nothing(tmp_path: Pa
     # Each step of the run that lasted has its rollouts once; the step before the kill was on disk.
     assert len(killing[0].samples) == len(set(killing[0].samples)) == 4 * NUM_STEPS
     journal = Journal(tmp_path / "two" / "run" / JOURNAL_DIR)
-    assert GroupBook(journal, has_scorers=False).next_update == NUM_STEPS
+    assert GroupBook(journal, False, RecoverySettings()).next_update == NUM_STEPS
     journal.close()
