@@ -7,14 +7,17 @@ the noise and is measured (`Unions`); with noise alone nothing is shared, which 
 """
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from openkeye.engine import batch
 from openkeye.inputs.model_input import ModelInput
+from openkeye.inputs.processor import Processor, resolve_model_dir
 from openkeye.inputs.prompt import Prompt
 from openkeye.kernels.dispatch import quantize_expert_weights
 from openkeye.kernels.unions import TILE
@@ -22,6 +25,7 @@ from openkeye.model.config import KeyeConfig
 from openkeye.model.experts import Experts
 from openkeye.model.keye import KeyeModel
 from openkeye.model.published import published_config
+from openkeye.model.weights import save_model
 
 TOPIC_TOKENS = 37
 # of the vocabulary in one topic
@@ -128,3 +132,18 @@ class Unions:
             yield
         finally:
             batch.indexer_select = select
+
+
+def write_random_model(folder: Path, config: KeyeConfig, device: str, dtype: torch.dtype) -> None:
+    """A text model with random weights as a checkpoint, with the bundled model's tokenizer, which knows of fewer tokens.
+
+    No token ends an answer, so that all are as long as they may be.
+    """
+    bundled = resolve_model_dir("openkeye-tiny")
+    tokenizer = Processor.load(bundled)
+    ids = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
+    config = dataclasses.replace(config, vision=None, dtype=str(dtype).removeprefix("torch."), **ids)
+    save_model(random_model(config, device, dtype, False, 0.0), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy2(bundled / name, folder / name)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}\n')

@@ -16,7 +16,7 @@ ALLOWED = {
     "tasks": {"agents", "frameforge", "inputs", "common"},
     "engine": {"model", "kernels", "inputs", "common"},
     "train": {"model", "data", "kernels", "inputs", "common"},
-    "recipes": {"train", "data", "inputs", "model", "common"},
+    "recipes": {"distill", "rl", "train", "data", "inputs", "model", "common"},
     "rl": {"engine", "train", "tasks", "agents", "model", "data", "kernels", "inputs", "frameforge", "common"},
     "distill": {"rl", "engine", "train", "tasks", "agents", "model", "data", "kernels", "inputs", "frameforge", "common"},
 }

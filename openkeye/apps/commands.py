@@ -24,9 +24,12 @@ COMMANDS = {
     "evaluate": "openkeye.apps.evaluate",
     "frameforge": "openkeye.apps.frameforge_command",
     "make-data": "openkeye.apps.make_data",
+    "distill": "openkeye.apps.distill",
     "serve": "openkeye.apps.serve",
     "convert": "openkeye.apps.convert",
     "train": "openkeye.apps.train",
+    "rl": "openkeye.apps.rl",
+    "tasks": "openkeye.apps.tasks",
 }
 
 

@@ -82,7 +82,39 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, Lines, str]]:
         ("learning rate", _merged(rates), "log"),
         ("recall of attention's top k", _by_layer(records, "indexer_recall"), "linear"),
         ("attention inside the selection", _by_layer(records, "indexer_mass"), "linear"),
+        *_rollout_panels(records),
         ("tokens/s", _lines(records, lambda name: name == "tokens_per_second", lambda _: "all ranks"), "linear"),
+    ]
+
+
+def _rollout_panels(records: Sequence[Record]) -> list[tuple[str, Lines, str]]:
+    """Of post-training; without lines elsewhere."""
+
+    def named(*names: str) -> Lines:
+        return _lines(records, lambda name: name in names, lambda name: name.replace("_", " "))
+
+    def under(folder: str) -> Lines:
+        return _lines(
+            records, lambda name: name.startswith(f"{folder}/"), lambda name: name.partition("/")[2].replace("_", " ")
+        )
+
+    return [
+        ("reward of rollouts", under("reward"), "linear"),
+        ("outcome by task", under("outcome"), "linear"),
+        ("evaluation", under("evaluation"), "linear"),
+        ("rollout against trainer (KL)", named("mismatch/k3", "update/k3"), "log"),
+        ("entropy (nats)", named("entropy"), "linear"),
+        ("shares of tokens", named("effective_sample_size", "clip_low_share", "clip_high_share", "masked_share"), "linear"),
+        ("routes that differ", named("route_disagreement", "route_disagreement_tokens", "index_disagreement"), "linear"),
+        ("tokens a rollout", named("length", "length_max"), "linear"),
+        ("cut and repeated", named("cut_share", "repetition_share"), "linear"),
+        ("age (versions)", named("age", "age_max"), "linear"),
+        ("divergence from teachers (k1)", under("kl"), "linear"),
+        ("overlap with teachers", named("overlap_ratio", "student_mass", "teacher_mass", "empty_overlap"), "linear"),
+        ("scale of domains", under("scale"), "linear"),
+        ("dropped samples", under("dropped"), "linear"),
+        ("groups and rollouts", under("groups"), "linear"),
+        ("seconds by phase", under("seconds"), "linear"),
     ]
 
 
@@ -128,8 +160,9 @@ def _draw_panel(axis: Any, title: str, lines: Lines, scale: str) -> None:
         axis.set_yscale("log")
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25)
-    shown = lines if len(lines) <= NUM_NAMED else [layers[0], layers[-1], *[name for name in lines if name not in colours]]
-    handles = [line for line in axis.get_lines() if line.get_label() in list(shown)[: NUM_NAMED + 2]]
+    # Of many layers the first and the last are named; whatever else there is has no order to guess by.
+    hidden = layers[1:-1] if len(lines) > NUM_NAMED else []
+    handles = [line for line in axis.get_lines() if line.get_label() not in hidden]
     axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 

@@ -1,15 +1,17 @@
 """`openkeye evaluate frameforge`: asks every question of unseen clips through the path of `ask` and scores the answers.
 
-`openkeye evaluate needle` is in `evaluate_needle`.
+`openkeye evaluate needle` is in `evaluate_needle`, `openkeye evaluate task` in `evaluate_task`.
 """
 
 import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from openkeye.apps import evaluate_needle
+from openkeye.apps import evaluate_needle, evaluate_task
+from openkeye.apps.evaluate_task import add_task_suite
 from openkeye.apps.evaluate_text import add_text_suite
 from openkeye.apps.evaluate_text import run as run_text
+from openkeye.apps.intervals import interval
 from openkeye.apps.model_options import add_model_options, engine_from
 from openkeye.apps.video_room import check_room, whole_video_limits
 from openkeye.common.checks import InputError, writing_to
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle = suites.add_parser("needle", help="a thing shown for 3-4 s, by length and depth of the video")
     evaluate_needle.add_arguments(needle)
     add_text_suite(suites.add_parser("text", help="perplexity, the indexer's recall and needles of a text model"))
+    add_task_suite(suites.add_parser("task", help="any task of post-training, by its own rewards"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         return evaluate_needle.run(arguments)
     if arguments.suite == "text":
         return run_text(arguments)
+    if arguments.suite == "task":
+        return evaluate_task.run(arguments)
     if arguments.num < 1:
         raise InputError(f"--num is {arguments.num}; give at least 1")
     modes = ("sparse", "dense") if arguments.attention == "both" else (arguments.attention,)
@@ -180,18 +185,6 @@ def _report(arguments: argparse.Namespace, records: list[dict[str, Any]], modes:
         "dense_up_to": arguments.dense_up_to,
     }
     return report
-
-
-def interval(values: "Any", clips: "Any", num_draws: int = 1000) -> list[float]:
-    """95% interval of the mean by drawing clips again: questions of one clip are not independent."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    names, places = np.unique(clips, return_inverse=True)
-    sums, counts = np.bincount(places, values), np.bincount(places)
-    draws = rng.integers(len(names), size=(num_draws, len(names)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 def _print_table(report: dict[str, Any], modes: tuple[str, ...]) -> None:

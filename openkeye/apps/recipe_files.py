@@ -1,4 +1,8 @@
-"""Recipes: Python functions that return a `RunConfig`, found by name or file and called with words from the command line."""
+"""Recipes: Python functions that return the settings of a run, found by name or file and called with words of a command line.
+
+Of three kinds: those that return a `RunConfig` are for `openkeye train`, a `PostTrainingConfig` for `openkeye rl`, and a
+`DistillRun` for `openkeye distill`.
+"""
 
 import ast
 import importlib
@@ -11,31 +15,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from openkeye.common.checks import InputError
 from openkeye.common.fields import parse_value, unknown, with_fields
+from openkeye.distill.config import DistillRun
+from openkeye.rl.run_config import PostTrainingConfig
 from openkeye.train.config import RunConfig
 
 PACKAGE = "openkeye.recipes"
 FALLBACK = "recipe"
 # the function of a file that has none of the file's name
-Recipe = Callable[..., RunConfig]
+Recipe = Callable[..., Any]
+Settings = TypeVar("Settings", RunConfig, PostTrainingConfig, DistillRun)
 
 
-def list_recipes() -> list[tuple[str, str]]:
-    """(name, first sentence) of every packaged recipe, read without running any."""
+def list_recipes(kind: type = RunConfig) -> list[tuple[str, str]]:
+    """(name, first sentence) of every packaged recipe that returns settings of a kind, read without running any."""
     found = []
     for module in _packaged():
         path = Path(importlib.import_module(PACKAGE).__path__[0]) / f"{module}.py"
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == "RunConfig":
+            if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == kind.__name__:
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
                 found.append((module if node.name == module else f"{module}:{node.name}", summary))
     return found
 
 
-def open_recipe(text: str) -> Recipe:
+def open_recipe(text: str, kind: type = RunConfig) -> Recipe:
     """A packaged recipe by name, or a function of a file: `finetune`, `stages:sft`, `mine.py`, `runs/mine.py:second`.
 
     Raises:
@@ -46,14 +53,15 @@ def open_recipe(text: str) -> Recipe:
         module, stem = _load_file(Path(name).expanduser()), Path(name).stem
     else:
         if name not in _packaged():
-            raise unknown("recipe", name, [*_packaged(), "FILE.py"])
+            known = dict.fromkeys(recipe.partition(":")[0] for recipe, _ in list_recipes(kind))
+            raise unknown("recipe", name, [*known, "FILE.py"])
         module, stem = importlib.import_module(f"{PACKAGE}.{name}"), name
     functions = {
         key: value
         for key, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
     }
-    recipes = {key: value for key, value in functions.items() if _returns_run(value)}
+    recipes = {key: value for key, value in functions.items() if _returns(value, kind)}
     if function:
         if function not in functions:
             raise unknown(f"{name}: function", function, recipes)
@@ -64,12 +72,12 @@ def open_recipe(text: str) -> Recipe:
     if len(recipes) == 1:
         return next(iter(recipes.values()))
     raise InputError(
-        f"{name}: no function {stem} or {FALLBACK} in it; add one that returns a RunConfig, or name one of "
+        f"{name}: no function {stem} or {FALLBACK} in it; add one that returns a {kind.__name__}, or name one of "
         f"{', '.join(recipes) or 'its functions'} as {name}:FUNCTION"
     )
 
 
-def settings_of(recipe: Recipe, words: Sequence[str]) -> RunConfig:
+def settings_of(recipe: Recipe, words: Sequence[str], kind: type[Settings]) -> Settings:
     """What a recipe returns for its arguments among the words, with the fields changed that the other words name.
 
     A parameter of the recipe goes before a field of the same name. A parameter that is a mapping takes `name.key=value`.
@@ -77,9 +85,9 @@ def settings_of(recipe: Recipe, words: Sequence[str]) -> RunConfig:
     Raises:
         InputError: an unknown name, a wrong value, or a missing argument.
     """
-    parameters = inspect.signature(recipe).parameters
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(recipe).parameters
     hints = typing.get_type_hints(recipe)
-    known = [*parameters, *(field.name for field in fields(RunConfig))]
+    known = [*parameters, *(field.name for field in fields(kind))]
     arguments: dict[str, Any] = {}
     changes = []
     for word in words:
@@ -104,9 +112,9 @@ def settings_of(recipe: Recipe, words: Sequence[str]) -> RunConfig:
             f"recipe {recipe.__name__} needs {', '.join(missing)}; give {shown}=VALUE (arguments: {', '.join(parameters)})"
         )
     config = recipe(**arguments)
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, kind):
         raise InputError(
-            f"recipe {recipe.__name__} returned a {type(config).__name__}; return an openkeye.train.config.RunConfig"
+            f"recipe {recipe.__name__} returned a {type(config).__name__}; return an {kind.__module__}.{kind.__name__}"
         )
     return with_fields(config, changes)
 
@@ -117,7 +125,7 @@ def _packaged() -> list[str]:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a Python file with a function that returns a RunConfig")
+        raise InputError(f"{path}: no such file; give a Python file with a function that returns the settings of a run")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file; name it {path.name}.py")
@@ -133,6 +141,6 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _returns_run(function: Callable[..., Any]) -> bool:
+def _returns(function: Callable[..., Any], kind: type) -> bool:
     annotation = inspect.signature(function).return_annotation
-    return annotation is RunConfig or str(annotation).rsplit(".", 1)[-1] == "RunConfig"
+    return annotation is kind or str(annotation).rsplit(".", 1)[-1] == kind.__name__

@@ -3,67 +3,38 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from openkeye.apps.run_arguments import INTERRUPTED, NOT_FINISHED, add_run_arguments, check_run_arguments, draw
 from openkeye.common.checks import InputError
 from openkeye.common.launch import num_ranks, rank
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from openkeye.train.config import RunConfig
     from openkeye.train.reporter import Reporter
 
 SUMMARY = "train or fine-tune a model by a recipe; the same command goes on where it stopped"
-INTERRUPTED = 130
-NOT_FINISHED = 3
-# exit status of a run that --stop-after-seconds ended, so that a shell's loop can repeat it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a packaged recipe (--list), NAME:FUNCTION of it, or your FILE.py[:FUNCTION]")
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="field=value",
-        help="arguments of the recipe, then settings by path: stages.0.context=8192, stages.*.rate=1e-5",
-    )
-    parser.add_argument("--settings", action="store_true", help="print every setting with its value instead of training")
-    parser.add_argument("--list", action=_ListRecipes, help="print the packaged recipes")
-    parser.add_argument(
-        "--stop-after-seconds",
-        type=float,
-        default=None,
-        metavar="S",
-        help=f"save and stop after so long, exit status {NOT_FINISHED} where steps are left",
-    )
-    parser.add_argument("--lines-every", type=float, default=10.0, metavar="S", help="seconds between lines without a terminal")
+    add_run_arguments(parser, "stages.0.context=8192, stages.*.rate=1e-5", _recipes)
 
 
-class _ListRecipes(argparse.Action):
-    """Like --help: needs no recipe."""
+def _recipes() -> list[tuple[str, str]]:
+    from openkeye.apps.recipe_files import list_recipes
 
-    def __init__(self, option_strings: "Sequence[str]", dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from openkeye.apps.recipe_files import list_recipes
-
-        for name, summary in list_recipes():
-            print(f"{name:24}{summary}")
-        parser.exit()
+    return list_recipes()
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns 0 finished, 2 wrong input, 3 out of time, 130 interrupted. Of several ranks the first one speaks."""
     from openkeye.apps.recipe_files import open_recipe, settings_of
     from openkeye.common.fields import describe
+    from openkeye.train.config import RunConfig
 
-    if arguments.stop_after_seconds is not None and not arguments.stop_after_seconds > 0:
-        raise InputError(f"--stop-after-seconds is {arguments.stop_after_seconds:g}; give a number above 0")
-    if not arguments.lines_every > 0:
-        raise InputError(f"--lines-every is {arguments.lines_every:g}; give a number of seconds above 0")
+    check_run_arguments(arguments)
     try:
-        config = settings_of(open_recipe(arguments.recipe), arguments.words)
+        config = settings_of(open_recipe(arguments.recipe), arguments.words, RunConfig)
     except InputError:
         if rank():
             # All ranks read the same words, and one line is enough.
@@ -93,7 +64,7 @@ def _train(config: "RunConfig", arguments: argparse.Namespace) -> int:
         trainer = Trainer(config, progress)
         before = _evaluate(config, config.model_dir, run_dir / "before.json", progress)
         is_finished = trainer.run(stop_after)
-        _draw(run_dir, progress)
+        draw(run_dir, progress.say)
         if not is_finished:
             return INTERRUPTED if trainer.interrupts.is_asked else NOT_FINISHED
         after = _evaluate(config, config.out_dir, run_dir / "after.json", progress)
@@ -121,14 +92,3 @@ def _evaluate(config: "RunConfig", model_dir: str, kept: "Path", reporter: "Repo
     if scores is not None:
         scores.save(kept)
     return scores
-
-
-def _draw(run_dir: "Path", reporter: "Reporter") -> None:
-    from openkeye.apps.curves import can_draw, draw_curves
-
-    if not can_draw():
-        reporter.say('no curves were drawn: matplotlib is not installed (pip install "openkeye[train]")')
-        return
-    path = draw_curves(run_dir)
-    if path is not None:
-        reporter.say(f"curves: {path}")

@@ -4,24 +4,35 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-
-from openkeye.train.config import RunConfig
 
 Record = Mapping[str, float | int | str]
 TENSORBOARD_DIR = "tensorboard"
 UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
+class Run(Protocol):
+    """What is to be known of a run's settings."""
+
+    @property
+    def run_dir(self) -> str: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def has_tensorboard(self) -> bool: ...
+
+
 class TrainProgress:
     """A `Reporter` on standard error. Use it as a context manager."""
 
-    def __init__(self, config: RunConfig, lines_every_seconds: float = 10.0, console: Console | None = None) -> None:
+    def __init__(self, config: Run, lines_every_seconds: float = 10.0, console: Console | None = None) -> None:
         """lines_every_seconds: where standard error is no terminal."""
-        self.num_steps = sum(stage.num_steps for stage in config.stages)
+        self.num_steps = config.num_steps
         self.step_number = 0
         # of the last record
         self._console = console or Console(stderr=True, highlight=False)
@@ -75,9 +86,12 @@ class TrainProgress:
 
 
 def figures_text(record: Record) -> str:
-    """Loss, speed, share of the device's peak, memory and time left; what a record lacks is left out."""
+    """Loss, reward, divergence, speed, share of the device's peak, memory and time left; what a record lacks is left out."""
     shown: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("loss", lambda value: f"loss {value:.4g}"),
+        ("reward/outcome", lambda value: f"outcome {value:.2f}"),
+        ("kl", lambda value: f"{value:.3g} nats from its teachers"),
+        ("length", lambda value: f"{value:.0f} tokens a rollout"),
         ("indexer_recall", lambda value: f"recall {value:.2f}"),
         ("tokens_per_second", lambda value: f"{_short(value)} tokens/s"),
         ("peak_share", lambda value: f"{value:.0%} of peak"),
@@ -104,7 +118,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _open_events(config: RunConfig, say: Callable[[str], None]) -> Any:
+def _open_events(config: Run, say: Callable[[str], None]) -> Any:
     """TensorBoard's own writer, which needs neither TensorFlow nor PyTorch; None where it is not installed."""
     try:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter

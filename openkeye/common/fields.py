@@ -34,6 +34,11 @@ def with_fields(config: T, words: Sequence[str]) -> T:
     return draft.built("")
 
 
+def with_options(config: T, options: Mapping[str, Any]) -> T:
+    """The same settings with some fields changed, given by their paths; values as they would be written."""
+    return with_fields(config, [f"{name}={value}" for name, value in options.items()])
+
+
 def describe(config: Any) -> list[str]:
     """Every field with its value, as words that `with_fields` reads."""
     return list(_words(_Draft.of(type(config), config), ""))

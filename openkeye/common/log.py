@@ -1,6 +1,7 @@
 """One JSON line per event, so that any tool can read a run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,14 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Leave out the records of later steps: a run that was killed goes on from its checkpoint, and comes to them again."""
+    if not path.is_file():
+        return
+    # The last line of a process that was killed may be cut short.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    os.replace(unfinished, path)

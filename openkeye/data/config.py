@@ -12,7 +12,7 @@ class SourceConfig:
     """One source of samples: a reader by name and what it reads."""
 
     reader: str
-    # a name of `data/sources`: "chat_json_lines", "web_dataset", "parquet", "frameforge", ...
+    # a name of `data/sources`: "chat_json_lines", "web_dataset", "parquet", ...; or MODULE:CLASS of one made from its path
     path: str = ""
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     # of that reader

@@ -111,7 +111,7 @@ def _chat_document(sample: Sample, processor: Processor, limits: DocumentLimits)
         position_ids=torch.cat(positions, dim=1),
         is_learnt=torch.cat([learnt & ~is_media, *(torch.tensor(mask) for _, mask in tails)]),
         is_media=torch.cat([is_media, is_media.new_zeros(num_behind)]),
-        pictures=(PixelPictures([_pixels(item) for item in media], processor.patch_size),) if media else (),
+        pictures=(PixelPictures([pixels_of(item) for item in media], processor.patch_size),) if media else (),
         branches=tuple(starts.tolist()),
         task=sample.task,
     )
@@ -217,9 +217,7 @@ def _cut(part: MediaPart, limits: DocumentLimits, processor: Processor, last_tol
         )
     content = part.content
     if isinstance(content, Frames):
-        num_kept = max(1, sum(seconds <= longest for seconds in content.times_seconds))
-        kept = replace(content, pixels=content.pixels[:num_kept], times_seconds=content.times_seconds[:num_kept])
-        return replace(part, content=kept)
+        return replace(part, content=content.until(longest))
     if isinstance(content, (list, tuple)):
         num_kept = int(longest * (part.options.get("fps") or processor.video_limits.fps)) + 1
         return replace(part, content=content[:num_kept])
@@ -245,7 +243,7 @@ def _repeats(template_ids: Sequence[int], media_tokens: Sequence[int], processor
     return repeats
 
 
-def _pixels(medium: Medium) -> np.ndarray:
+def pixels_of(medium: Medium) -> np.ndarray:
     """[N, H, W, 3] uint8. A frame that cannot be decoded is the one before it, as in answering."""
     if isinstance(medium, VideoRequest):
         pixels = np.empty((len(medium.frame_numbers), medium.plan.height, medium.plan.width, 3), dtype=np.uint8)

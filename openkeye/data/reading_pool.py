@@ -6,6 +6,7 @@ The pool has no thread: whoever takes drives it. While nobody takes, a worker fi
 
 import pickle
 import signal
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class ReadingPool:
         self._held_tokens = 0
         self._num_failed_starts = 0
         self._stop_reader, self._stop_writer = Pipe(duplex=False)
+        self._stop_lock = threading.Lock()
         # readable once the other end is closed
         self._workers: list[_Worker] = []
         self._num_workers = num_workers
@@ -153,7 +155,9 @@ class ReadingPool:
 
     def stop(self) -> None:
         """See `Reading.stop`."""
-        self._stop_writer.close()
+        # Whoever waits and whoever ends the run may call it at the same moment, and a descriptor is closed once.
+        with self._stop_lock:
+            self._stop_writer.close()
 
     def close(self) -> None:
         """See `Reading.close`: no process is left."""

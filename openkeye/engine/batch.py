@@ -91,14 +91,18 @@ class PagedPast(CachedPast):
         top_k: int,
         dense_up_to: int | None = None,
         keeps_evidence: bool = False,
+        keeps_picks: bool = False,
     ) -> None:
-        """dense_up_to: see `EngineConfig.dense_up_to`. keeps_evidence: whether requests may ask what their answers rest on."""
+        """dense_up_to: see `EngineConfig.dense_up_to`. keeps_evidence: whether requests may ask what their answers rest on.
+
+        keeps_picks: whether the selected keys of tokens that choose the next one go to their requests' records.
+        """
         self.batch = batch
         self.paged = caches
         self.attention = attention
         self.top_k = top_k
         self.dense_up_to = top_k if dense_up_to is None else dense_up_to
-        self.keeps_evidence = keeps_evidence
+        self.keeps_evidence, self.keeps_picks = keeps_evidence, keeps_picks
         slots = torch.cat([segment.slots_S[segment.start :] for segment in batch.segments])
         self._new_slots = pad(slots, (0, batch.num_padded), value=-1)
         self._pages = [segment.pages(caches.page_size) for segment in batch.segments[len(batch.singles) :]]
@@ -118,7 +122,7 @@ class PagedPast(CachedPast):
     @cached_property
     def _decoding(self) -> DecodePast:
         """The singles' past, whose page table is made once for all layers."""
-        on_picked = self._keep_decoded if self.keeps_evidence else None
+        on_picked = self._keep_decoded if self.keeps_evidence or self.keeps_picks else None
         return DecodePast(self.batch.rows(self.paged.page_size), self.paged, self.attention, self.top_k, on_picked=on_picked)
 
     def attend(self, layer_index: int, query_THD: Tensor, index: CachedIndex | None) -> Tensor:
@@ -146,20 +150,22 @@ class PagedPast(CachedPast):
             return segment.count
         return min(max(self.dense_up_to - segment.start, 0), segment.count)
 
-    def _keep_evidence(self, layer_index: int, segment: Segment, query_HD: Tensor, picked_K: Tensor | None) -> None:
+    def _keep(self, layer_index: int, segment: Segment, query_HD: Tensor, picked_K: Tensor | None) -> None:
         """Of a segment's last token, where it chooses a token of the answer. picked_K: None where it sees all."""
-        if not self.keeps_evidence or segment.request.evidence is None:
+        if not (self.keeps_evidence or self.keeps_picks) or segment.end != segment.request.num_known:
             return
-        if segment.end == segment.request.num_known:
+        if self.keeps_picks and segment.request.record is not None and picked_K is not None and segment.end > self.top_k:
+            segment.request.record.add_pick(segment.end - 1, layer_index, picked_K)
+        if self.keeps_evidence and segment.request.evidence is not None:
             caches = self.caches(layer_index)
             segment.request.evidence.add(query_HD, caches.key_SGD, segment.slots_S, picked_K, caches.key_scales_SG, self.shard)
 
     def _keep_decoded(self, layer_index: int, query_BHD: Tensor, picked_BK: Tensor | None) -> None:
-        """The evidence of those singles that are not widened. picked_BK: None where they see all."""
+        """What is kept of those singles that are not widened. picked_BK: None where they see all."""
         for number, segment in enumerate(self.batch.singles):
             if not self._is_widened(segment):
                 picked_K = None if picked_BK is None else picked_BK[number]
-                self._keep_evidence(layer_index, segment, query_BHD[number], picked_K)
+                self._keep(layer_index, segment, query_BHD[number], picked_K)
 
     def _is_widened(self, segment: Segment) -> bool:
         return self.attention == "sparse" and self.top_k <= segment.start < self.dense_up_to
@@ -182,7 +188,7 @@ class PagedPast(CachedPast):
             indices = self._select(caches, rest, positions[num_dense:], pages_P)
             outputs.append(sparse_attention_in_pages(query_THD[num_dense:], caches, indices, pages_P, segment.end, scale))
             picked = indices[-1]
-        self._keep_evidence(layer_index, segment, query_THD[-1], picked)
+        self._keep(layer_index, segment, query_THD[-1], picked)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:

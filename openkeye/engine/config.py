@@ -46,6 +46,12 @@ class EngineConfig:
     # A request's tokens and log-probabilities are the same to the last bit, whatever runs beside it: every model call then has
     # the shape of the largest, and a prompt's chunks begin where they would alone. It costs speed.
 
+    records_routes: bool = False
+    # Which experts every token was sent to is kept beside its keys, two bytes a layer and expert: a rollout's routes.
+    records_picks_every: int | None = None
+    # Of every so-manieth step the keys that attention selected for each token that chose the next one are kept, four bytes a
+    # layer and key: what a learner's own selection is compared with. Such a step is not captured. None: of none.
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if type(value) is int and name != "dense_up_to" and value < 1:

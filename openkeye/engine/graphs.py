@@ -15,6 +15,7 @@ from torch import Tensor
 from openkeye.engine.decode import DecodeRows
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
+from openkeye.engine.route_cache import RouteCache
 from openkeye.engine.sharded_past import decode_past
 from openkeye.kernels.dispatch import can_attend_in_pages, can_decode_in_pages, decode_scratch
 from openkeye.model.keye import KeyeModel
@@ -59,11 +60,13 @@ class DecodeGraphs:
         max_rows: int,
         max_tokens: int,
         is_fixed: bool = False,
+        routes: RouteCache | None = None,
     ) -> None:
-        """is_fixed: one graph of all rows serves every step."""
+        """is_fixed: one graph of all rows serves every step. routes: where each step's are kept."""
         self._model = model
         self._caches = caches
         self._attention = attention
+        self._routes = routes
         device = caches.keys.device
         self._max_rows, self._is_fixed = max_rows, is_fixed
         max_pages = -(-max_tokens // caches.page_size)
@@ -130,7 +133,10 @@ class DecodeGraphs:
             top_k = self._model.config.indexer.top_k
             past = decode_past(self._model.shard, rows, self._caches, self._attention, top_k, self._scratch)
             embeds = self._model.embed(numbers[:, 0], None, None)
-            return self._model.logits(self._model(embeds, numbers[:, 1:4].t(), past))
+            hidden = self._model(embeds, numbers[:, 1:4].t(), past)
+            if self._routes is not None:
+                self._routes.write(rows.slots_B)
+            return self._model.logits(hidden)
 
         return _Captured(*_capture(step, self._pool))
 

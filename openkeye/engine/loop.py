@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openkeye.common.checks import InputError
 from openkeye.engine.answer import Answer
@@ -22,7 +23,7 @@ from openkeye.engine.evidence import EvidenceCounts
 from openkeye.engine.moments import read_evidence
 from openkeye.engine.parallel import ModelSettings, open_runner
 from openkeye.engine.request import Request
-from openkeye.engine.sampler import sample_batch, token_logprobs
+from openkeye.engine.sampler import chosen_logprobs, sample_batch, token_logprobs
 from openkeye.engine.scheduler import Scheduler
 from openkeye.engine.scores import score_output
 from openkeye.engine.text_stream import TextStream
@@ -70,6 +71,8 @@ class Engine:
         self.config = self.runner.config
         self.scheduler = Scheduler(self.config, self.device)
         self.stop_ids = self._read_stop_ids()
+        self.version = 0
+        # of the weights: `weight_update.apply_update` raises it
 
     def ask(
         self,
@@ -255,16 +258,34 @@ class Engine:
         rows = [row for row, segment in enumerate(batch.segments) if not segment.request.num_missing]
         requests = [batch.segments[row].request for row in rows]
         logits = logits[rows]
-        tokens = sample_batch(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        tokens = sample_batch(logits, [r.sampling for r in requests], [r.draw for r in requests])
         self._count_seconds(batch, time.monotonic() - start)
         for segment in batch.segments:
             self._tell_prefill(segment)
+        self._record(requests, logits, tokens)
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             request.add_output(token, *token_logprobs(logits[row], token, request.sampling.logprobs))
         finished = [request for request in requests if request.finish_reason is not None]
         for request in finished:
+            self.keep_routes(request)
             self.scheduler.remove(request)
         return finished
+
+    def keep_routes(self, request: Request) -> None:
+        """Take a running request's routes out of the pages, into its record, where both are kept."""
+        slots = self.scheduler.slots.get(id(request))
+        if self.runner.routes is not None and request.record is not None and slots is not None:
+            request.record.keep_routes(self.runner.routes.read(slots[: request.num_computed]))
+
+    def _record(self, requests: list[Request], logits_BV: Tensor, tokens: list[int]) -> None:
+        """Keep what was sampled for those that are a policy's."""
+        rows = [row for row, request in enumerate(requests) if request.record is not None]
+        if not rows:
+            return
+        for row, logprob in zip(rows, chosen_logprobs(logits_BV[rows], [tokens[row] for row in rows]), strict=True):
+            record = requests[row].record
+            assert record is not None
+            record.add(tokens[row], logprob, self.version)
 
     def answer(self, request: Request) -> Answer:
         """What a finished request has to say."""
@@ -297,10 +318,11 @@ class Engine:
 
     def _tell_prefill(self, segment: Segment) -> None:
         request = segment.request
-        if segment.start < request.num_prompt:
-            self.scheduler.keep_full_pages(request)
-            if request.on_prefill is not None:
-                request.on_prefill(min(request.num_computed, request.num_prompt), request.num_prompt)
+        is_prompt = segment.start < request.num_prompt
+        if is_prompt or request.keeps_answer:
+            self.scheduler.keep_full_pages(request, segment.start)
+        if is_prompt and request.on_prefill is not None:
+            request.on_prefill(min(request.num_computed, request.num_prompt), request.num_prompt)
 
     def _count_seconds(self, batch: Batch, seconds: float) -> None:
         """A batch's time counts for each of its requests; the vision tower's for those that read a prompt."""

@@ -159,7 +159,8 @@ class ShardedRunner(Runner):
     def past_of(self, batch: Batch) -> ShardedPast:
         """See `Runner.past_of`."""
         top_k = self.model.config.indexer.top_k
-        past = ShardedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
+        keeps = (batch.keeps_evidence, self.keeps_picks)
+        past = ShardedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, *keeps)
         past.shard = self.model.shard
         return past
 

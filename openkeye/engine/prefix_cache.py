@@ -3,21 +3,23 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
 from openkeye.engine.pages import PagePool
 
 
-def page_keys(content_T: np.ndarray, page_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def page_keys(content_T: np.ndarray, page_size: int, known: Sequence[bytes] = (), salt: bytes = b"") -> list[bytes]:
     """A key for every full page of a prompt: it names the page's content and everything before it.
 
     Args:
         content_T: [T] int64, the token id of text and a number made of the pixels for media (`Request.content`).
         known: the keys of its first pages, where they are known already.
+        salt: names the weights that compute the pages; under another no page is found.
     """
     keys = list(known)
-    previous = keys[-1] if keys else b""
+    previous = keys[-1] if keys else salt
     for start in range(len(keys) * page_size, len(content_T) - page_size + 1, page_size):
         previous = hashlib.blake2b(previous + content_T[start : start + page_size].tobytes(), digest_size=16).digest()
         keys.append(previous)
@@ -43,6 +45,10 @@ class PrefixCache:
             self._pool.share(page)
         return pages
 
+    def num_known(self, keys: Sequence[bytes]) -> int:
+        """Pages of the longest known beginning."""
+        return sum(1 for _ in takewhile(self._page_of.__contains__, keys))
+
     def keep(self, key: bytes, page: int) -> None:
         """Remember a full, computed page."""
         if key not in self._page_of:
@@ -56,3 +62,9 @@ class PrefixCache:
                 return
             if self._pool.is_idle(self._page_of[key]):
                 self._pool.forget(self._page_of.pop(key))
+
+    def clear(self) -> None:
+        """Forget all pages; those that requests use stay theirs until they end."""
+        for page in self._page_of.values():
+            self._pool.forget(page)
+        self._page_of.clear()

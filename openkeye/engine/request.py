@@ -11,12 +11,16 @@ from torch import Tensor
 from openkeye.engine.config import SamplingParameters
 from openkeye.engine.events import TokenEvent
 from openkeye.engine.evidence import EvidenceCounts
+from openkeye.engine.recorded_answer import RecordedAnswer, uniform_at
 from openkeye.engine.text_stream import TextStream
 from openkeye.inputs.media_stream import MediaStream
 from openkeye.inputs.prompt import Picture, Prompt
 from openkeye.inputs.video import Progress
 
 STAGES = ("decode_video", "encode_vision", "prefill", "generate")
+FIRST_ANSWER_CONTENT = 1 << 40
+# Added to the ids behind the prompt where they name pages: their keys may be made otherwise than a prompt's (one by one), and
+# they are never a picture's pads.
 
 
 @dataclass(eq=False)
@@ -35,6 +39,14 @@ class Request:
     # called on a decoding thread with (video frames done, in all); what it raises ends the decoding
     evidence: EvidenceCounts | None = None
     # what its answer rests on, where that is asked for
+    given_ids: Sequence[int] = ()
+    # tokens behind the prompt that are known already: earlier turns, or the beginning of an answer that goes on here
+    record: RecordedAnswer | None = None
+    # of a policy's rollout; its draws depend on seed and place alone
+    waits_for_prefix: bool = False
+    # whether it begins no page that another is just computing: members of a group read their prompt once
+    keeps_answer: bool = False
+    # whether the pages behind the prompt too are kept for whoever goes on from there
     media: MediaStream = field(init=False)
     content: np.ndarray = field(init=False)
     # [T] int64 by which equal prefixes are found; of pictures from the moment on at which they arrive
@@ -43,6 +55,8 @@ class Request:
     # that are its own as soon as its tokens need them
     page_keys: list[bytes] = field(default_factory=list)
     # of the pages whose pictures have arrived
+    has_stale_keys: bool = False
+    # Its pages hold keys of older weights than those that run now: nobody else may have them.
     num_computed: int = 0
     # tokens whose keys and values stand in the pages
     num_cached: int = 0
@@ -59,6 +73,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.output_ids = list(self.given_ids)
         self.media = MediaStream(self.prompt.media, self.on_decoded)
         self.content = self.input_ids.numpy().copy()
         self._num_arrived = self._num_named = 0
@@ -105,7 +120,30 @@ class Request:
 
     @property
     def num_tokens_at_most(self) -> int:
-        return self.num_prompt + self.sampling.max_new_tokens
+        return self.num_prompt + len(self.given_ids) + self.sampling.max_new_tokens
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of the answer that were sampled here and can be read."""
+        return len(self.output_ids) - len(self.given_ids)
+
+    @property
+    def num_nameable(self) -> int:
+        """Known tokens whose pages may serve others."""
+        return self.num_known if self.keeps_answer else self.num_prompt
+
+    @property
+    def draw(self) -> torch.Generator | float:
+        """What chooses the next token."""
+        return self.generator if self.record is None else uniform_at(self.sampling.seed, len(self.output_ids))
+
+    def nameable_content(self) -> np.ndarray:
+        """[T] int64: of the tokens, from the first on, that pages are named by and that are known now."""
+        num_ready = min(self.num_ready, self.num_nameable)
+        if num_ready <= self.num_prompt:
+            return self.content[:num_ready]
+        behind = np.array(self.output_ids[: num_ready - self.num_prompt], dtype=np.int64)
+        return np.concatenate([self.content, FIRST_ANSWER_CONTENT + behind])
 
     def take_arrived(self) -> None:
         """See which pictures have arrived by now, and give them their place in `content`."""
@@ -131,7 +169,7 @@ class Request:
         text = "" if self.stream is None else self.stream.push(token)
         if self.stream is not None and self.stream.is_stopped:
             self.finish("stop")
-        elif len(self.output_ids) >= self.sampling.max_new_tokens:
+        elif self.num_new >= self.sampling.max_new_tokens:
             self.finish("length")
         if self.on_token is not None:
             self.on_token(TokenEvent(token, text, logprob, list(top_logprobs)))

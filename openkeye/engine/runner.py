@@ -3,16 +3,20 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from openkeye.common.device import upload
 from openkeye.engine.batch import Batch, PagedPast, Segment
 from openkeye.engine.config import EngineConfig
 from openkeye.engine.graphs import DecodeGraphs, StepRow, can_capture
 from openkeye.engine.pages import PagedCaches
 from openkeye.engine.request import Request
+from openkeye.engine.route_cache import RouteCache
 from openkeye.engine.vision_cache import VisionCache
 from openkeye.inputs.patches import Patches, join_patches, patches_from_pixels
 from openkeye.inputs.prompt import Picture
@@ -39,26 +43,37 @@ class Runner:
         self.device, self.dtype = embeddings.device, embeddings.dtype
         local = local_config(model.config, model.shard.size)
         self.caches = PagedCaches(local, config, self.device, self.dtype, has_index=attention == "sparse")
+        self.routes = RouteCache(model, self.caches.num_slots) if config.records_routes else None
         self.graphs: DecodeGraphs | None = None
         is_captured = model.shard.size == 1 if config.has_graphs is None else config.has_graphs
         if is_captured and can_capture(model, self.caches, attention):
             assert config.cache_tokens is not None
             longest = min(config.cache_tokens, model.config.max_position_embeddings)
             shape = (config.max_batch_requests, longest, config.is_batch_invariant)
-            self.graphs = DecodeGraphs(model, self.caches, attention, *shape)
+            self.graphs = DecodeGraphs(model, self.caches, attention, *shape, self.routes)
+        self._num_runs = 0
+        self.keeps_picks = False
+        # in the batch under way
         self.dense_up_to = config.dense_up_to
         if config.is_batch_invariant and self.dense_up_to is None:
             # Back ends of dense attention are chosen by the shape; lists of all keys take one way whatever it is.
             self.dense_up_to = 0
         self.vision_cache = VisionCache(config.vision_cache_bytes)
+        self.vision_salt = ""
+        # names the weights of tower and projector: what others encoded is never found under it
         # A picture's bits must not depend on which others are missing.
         self._slice_pictures = 1 if config.is_batch_invariant else config.vision_slice_pictures
+        self.original_experts: dict[str, Tensor] = {}
+        # on the host, of experts that the model holds in e4m3: what deltas are told against (`weight_update`)
         self.vision_seconds = 0.0
         # spent in the vision tower since the engine last asked
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last new token of every segment, [segments, V]; keys and values are in the pages afterwards."""
+        every = self.config.records_picks_every
+        self.keeps_picks = every is not None and self._num_runs % every == 0
+        self._num_runs += 1
         with self._row_exact():
             return self._run(batch)
 
@@ -84,7 +99,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor, rows_N: Tensor) -> Tensor:
         """[N, V] of some rows (int64, on the host) of what `run_hidden` returned last."""
-        return self.model.logits(hidden_TD[rows_N.to(self.device)])
+        return self.model.logits(hidden_TD[upload(rows_N, self.device)])
 
     def replay(self, rows: list[StepRow]) -> Tensor:
         """[B, V] of a step of answers under way, from a captured graph."""
@@ -93,12 +108,17 @@ class Runner:
 
     def walk(self, batch: Batch, embeds_TD: Tensor, position_ids_3T: Tensor) -> Tensor:
         """The decoder's hidden states of a batch, [T, hidden]; positions come on the host."""
-        return self.model(embeds_TD, position_ids_3T.to(self.device), self.past_of(batch))
+        past = self.past_of(batch)
+        hidden_TD = self.model(embeds_TD, position_ids_3T.to(self.device), past)
+        if self.routes is not None:
+            self.routes.write(past.new_slots_T)
+        return hidden_TD
 
     def past_of(self, batch: Batch) -> PagedPast:
         """The past that a batch sees."""
         top_k = self.model.config.indexer.top_k
-        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, batch.keeps_evidence)
+        keeps = (batch.keeps_evidence, self.keeps_picks)
+        return PagedPast(batch, self.caches, self.attention, top_k, self.dense_up_to, *keeps)
 
     def encode(self, patches: Patches) -> Tensor:
         """`KeyeModel.encode_patches` of pixels that lie on the device."""
@@ -126,6 +146,7 @@ class Runner:
                 for segment in batch.segments
             )
             and not batch.keeps_evidence
+            and not self.keeps_picks
         )
 
     def _step_row(self, segment: Segment) -> StepRow:
@@ -167,7 +188,7 @@ class Runner:
 
     def _features(self, request: Request, pictures: list[Picture]) -> list[Tensor]:
         """Encoded pictures, from the cache or encoded now in slices: no more than a slice's patches are in memory."""
-        hashes = [request.media.hashes[picture.number] or "" for picture in pictures]
+        hashes = [f"{self.vision_salt}{request.media.hashes[picture.number]}" for picture in pictures]
         known = {content_hash: self.vision_cache.get(content_hash) for content_hash in hashes}
         named = zip(hashes, pictures, strict=True)
         missing = list({content_hash: picture for content_hash, picture in named if known[content_hash] is None}.items())
@@ -198,8 +219,9 @@ class Runner:
     def _patches(self, request: Request, pictures: list[Picture]) -> Patches:
         vision = self.model.config.vision
         assert vision is not None
-        # As bytes, a quarter of the patches' size, they go to the device.
-        pixels = [torch.from_numpy(request.media.pixels(picture.number)).to(self.device) for picture in pictures]
-        patches = join_patches([patches_from_pixels(picture[None], vision.patch_size) for picture in pixels])
+        pixels = [request.media.pixels(picture.number) for picture in pictures]
+        # As bytes, a quarter of the patches' size, they go to the device; those of one size that follow one another together.
+        runs = [np.stack(list(run)) for _, run in groupby(pixels, key=lambda picture: picture.shape)]
+        patches = join_patches([patches_from_pixels(torch.from_numpy(run).to(self.device), vision.patch_size) for run in runs])
         assert patches is not None
         return Patches(patches.pixels.to(self.dtype), patches.grid_thw)

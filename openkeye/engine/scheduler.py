@@ -27,6 +27,8 @@ class Scheduler:
         assert config.cache_tokens is not None, "see `pages.with_cache_tokens`"
         self.pool = PagePool(config.cache_tokens // config.page_size)
         self.prefix_cache = PrefixCache(self.pool)
+        self.salt = b""
+        # names the weights that compute pages now; what others computed is never found under it
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         # in the order of their arrival
@@ -98,8 +100,8 @@ class Scheduler:
         A prompt is cut at multiples of the chunk, and tokens of an answer that were lost with its pages are computed one by
         one, as they were the first time.
         """
-        answers = [request for request in self.running if request.is_prefilled]
         prompt, count = self._next_fixed_part()
+        answers = [request for request in self.running if request.is_prefilled]
         self._is_prompts_turn = prompt is not None and not (self._is_prompts_turn and answers)
         if prompt is not None and self._is_prompts_turn:
             return Batch([self._segment(prompt, count)], self.config.prefill_chunk_tokens - count, is_prompt=True)
@@ -111,6 +113,9 @@ class Scheduler:
         chunk = self.config.prefill_chunk_tokens
         unfinished = iter([request for request in self.running if not request.is_prefilled])
         while (request := next(unfinished, None) or self._admit_next()) is not None:
+            if request.is_prefilled:
+                # Its whole prompt was found, and a part of what is given behind it.
+                continue
             num_ready = self._num_due(request)
             count = min(chunk - request.num_computed % chunk, request.num_prompt - request.num_computed)
             # What fills the store before a part is whole has to run: else nothing more would come.
@@ -149,17 +154,46 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
 
-    def keep_full_pages(self, request: Request) -> None:
-        """Offer the computed full pages of a prompt to later prompts, and let go of the pictures behind them."""
-        for number in range(min(request.num_computed, request.num_prompt) // self.config.page_size):
-            self.prefix_cache.keep(request.page_keys[number], request.pages[number])
+    def begin_weights(self, salt: bytes, keeps_keys: bool, flushes: bool = False) -> None:
+        """The weights are others from now on; salt names them.
+
+        No page of before serves a request that begins later. keeps_keys: running requests go on over the keys they have, else
+        these are computed again, which loses no token. flushes: pages of before are forgotten at once and not when room is
+        needed.
+        """
+        self.salt = salt
+        for request in list(reversed(self.running)):
+            if not keeps_keys:
+                self._preempt(request)
+            elif request.num_computed:
+                request.has_stale_keys, request.page_keys = True, []
+                if request.record is not None:
+                    request.record.has_mixed_keys = True
+        for request in [*self.waiting, *self.running]:
+            request.page_keys = []
+            self._name_pages(request)
+        if flushes:
+            self.prefix_cache.clear()
+        self._news.set()
+
+    def keep_full_pages(self, request: Request, first_token: int = 0) -> None:
+        """Offer the computed full pages of a prompt to later prompts, and let go of the pictures behind them.
+
+        first_token: pages before it were offered already.
+        """
+        num_full = min(request.num_computed, request.num_nameable) // self.config.page_size
+        if not request.has_stale_keys:
+            if num_full > len(request.page_keys):
+                self._name_pages(request)
+            for number in range(first_token // self.config.page_size, num_full):
+                self.prefix_cache.keep(request.page_keys[number], request.pages[number])
         request.media.release(request.first_picture_from(request.num_computed))
 
     def _admit_next(self) -> Request | None:
         """The next in the queue, where there are pages for all that is known of it and one more."""
-        if not self.waiting or len(self.running) >= self.config.max_batch_requests:
+        request = self._next_to_admit()
+        if request is None or len(self.running) >= self.config.max_batch_requests:
             return None
-        request = self.waiting[0]
         pages = self.prefix_cache.match(request.page_keys[: self._num_usable(request)])
         wanted = min(self._num_pages(request.num_known) + 1, self._num_pages(request.num_tokens_at_most)) - len(pages)
         if wanted > self._num_unpromised():
@@ -174,8 +208,28 @@ class Scheduler:
         request.media.rewind(request.first_picture_from(request.num_computed))
         if request.media.is_complete:
             self._take_promised(request, wanted)
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(request)
+        self.running.append(request)
         return request
+
+    def _next_to_admit(self) -> Request | None:
+        """The first in the queue that does not wait for its next page, which is just being computed for another."""
+        if not any(request.waits_for_prefix for request in self.waiting):
+            return self.waiting[0] if self.waiting else None
+        page_size = self.config.page_size
+        pending = {
+            key
+            for running in self.running
+            if not running.is_prefilled and not running.has_stale_keys
+            for key in running.page_keys[running.num_computed // page_size :]
+        }
+        for request in self.waiting:
+            is_patient = pending and request.waits_for_prefix
+            usable = request.page_keys[: self._num_usable(request)] if is_patient else []
+            number = self.prefix_cache.num_known(usable)
+            if number == len(usable) or usable[number] not in pending:
+                return request
+        return None
 
     def _start_decoders(self) -> None:
         """Begin to decode for running requests, the oldest first, a few at a time.
@@ -205,8 +259,9 @@ class Scheduler:
 
     def _name_pages(self, request: Request) -> None:
         """Give keys to the full pages whose content is known by now."""
-        content = request.content[: min(request.num_ready, request.num_prompt)]
-        request.page_keys = page_keys(content, self.config.page_size, request.page_keys)
+        if not request.has_stale_keys:
+            content = request.nameable_content()
+            request.page_keys = page_keys(content, self.config.page_size, request.page_keys, self.salt)
 
     def _reuse_pages(self, request: Request) -> None:
         """What another request has computed takes the place of the next pages, whose content was not known when it began."""
@@ -223,8 +278,8 @@ class Scheduler:
                 request.num_cached += page_size
 
     def _num_usable(self, request: Request) -> int:
-        """Pages that may come from the prefix cache: the last prompt token is always computed, its logits begin the answer."""
-        return (request.num_prompt - 1) // self.config.page_size
+        """Pages that may come from the prefix cache: the last known token is always computed, its logits choose the next."""
+        return ((request.num_known if request.keeps_answer else request.num_prompt) - 1) // self.config.page_size
 
     def _grow_answers(self) -> None:
         """A page for the next token of every answer that has filled its own; where none is left the youngest steps back."""
@@ -241,6 +296,7 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_computed = 0
+        request.has_stale_keys = False
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 

@@ -37,7 +37,7 @@ class ShardedPast(PagedPast):
     @cached_property
     def _decoding(self) -> DecodePast:
         rows = self.batch.rows(self.paged.page_size)
-        on_picked = self._keep_decoded if self.keeps_evidence else None
+        on_picked = self._keep_decoded if self.keeps_evidence or self.keeps_picks else None
         return decode_past(self.shard, rows, self.paged, self.attention, self.top_k, on_picked=on_picked)
 
     def _select(self, caches: LayerCaches, index: CachedIndex, positions_T: Tensor, pages_P: Tensor) -> Tensor:

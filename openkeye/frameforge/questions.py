@@ -60,6 +60,12 @@ def make_questions(scene: Scene, rng: np.random.Generator, frame_times: np.ndarr
     return [questions[number] for number in rng.permutation(len(questions))]
 
 
+def make_question(task: str, scene: Scene, rng: np.random.Generator, frame_times: np.ndarray) -> Question:
+    """One question of one of TASKS."""
+    makers = (_localisation, _counting, _before_after, _co_occurrence, _reading, _motion)
+    return makers[TASKS.index(task)](scene, rng, frame_times)
+
+
 def seen_spans(intervals: tuple[Interval, ...], frame_times: np.ndarray) -> list[Interval]:
     """First and last frame time inside each interval; intervals that no frame falls into are left out."""
     spans = []

@@ -17,9 +17,10 @@ from openkeye.inputs.image import bytes_of_data_url, image_pixels, image_size, l
 from openkeye.inputs.messages import MediaPart, split_messages
 from openkeye.inputs.model_input import ModelInput
 from openkeye.inputs.patches import join_patches, patches_from_pixels
+from openkeye.inputs.picture_hash import picture_hash
 from openkeye.inputs.positions import position_ids
 from openkeye.inputs.processor import Processor
-from openkeye.inputs.prompt import EncodedPrompt, Medium, Picture, Prompt, picture_hash, picture_size
+from openkeye.inputs.prompt import EncodedPrompt, Medium, Picture, Prompt, picture_size
 from openkeye.inputs.sampling import ImageLimits, VideoLimits, plan_video
 from openkeye.inputs.video import Frames, Progress, VideoRequest, read_request, request_video
 from openkeye.inputs.video_scan import VideoScan, scan_video
@@ -140,7 +141,7 @@ def _image_limits(limits: ImageLimits, options: Mapping[str, Any]) -> ImageLimit
 def _size_video(part: MediaPart, limits: VideoLimits, num_videos: int) -> VideoRequest | Frames:
     content = part.content
     if isinstance(content, Frames):
-        height, width = content.pixels.shape[1:3]
+        height, width = content.picture_size
         if height % limits.factor or width % limits.factor:
             raise InputError(f"{content.source}: frames of {width}x{height}; both sides must be multiples of {limits.factor}")
         return content
@@ -203,7 +204,8 @@ def num_tokens_of(item: SizedMedia, processor: Processor) -> int:
     if isinstance(item, SizedImage):
         return item.height * item.width // area
     if isinstance(item, Frames):
-        tokens_per_frame = item.pixels.shape[1] * item.pixels.shape[2] // area
+        height, width = item.picture_size
+        tokens_per_frame = height * width // area
     else:
         tokens_per_frame = item.plan.tokens_per_frame
     return sum(len(processor.encode_frame_text(seconds)) + tokens_per_frame for seconds in item.times_seconds)

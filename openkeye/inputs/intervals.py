@@ -2,13 +2,20 @@
 
 import re
 
-NUMBER = r"(?:(?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?)"
-UNIT = r"\s*(?:s\b|sec\b|secs\b|seconds?\b)?"
+# Every repetition is bounded: a model may write a megabyte of digits or blanks, and reading it must take no longer than that.
+DIGITS = r"\d{1,9}"
+FRACTION = r"(?:\.\d{1,18})?"
+NUMBER = rf"(?<!\d)(?:(?:{DIGITS}:)?{DIGITS}:{DIGITS}{FRACTION}|{DIGITS}{FRACTION})(?!\d)"
+BLANKS = r"\s{0,8}"
+UNIT = rf"{BLANKS}(?:s\b|sec\b|secs\b|seconds?\b)?"
 SPAN = re.compile(
-    rf"(?:\bfrom\s+|\bbetween\s+)?({NUMBER}){UNIT}\s*(?:to|-|–|until|and|through)\s*({NUMBER}){UNIT}",
+    rf"(?:\bfrom\s{{1,8}}|\bbetween\s{{1,8}})?({NUMBER}){UNIT}{BLANKS}(?:to|-|–|until|and|through){BLANKS}({NUMBER}){UNIT}",
     re.IGNORECASE,
 )
-MOMENT = re.compile(rf"\bat\s+({NUMBER})", re.IGNORECASE)
+MOMENT = re.compile(rf"\bat\s{{1,8}}({NUMBER})", re.IGNORECASE)
+PAIR = re.compile(
+    rf"[\[(]{BLANKS}[\"']?({NUMBER}){UNIT}[\"']?{BLANKS},{BLANKS}[\"']?({NUMBER}){UNIT}[\"']?{BLANKS}[\])]", re.IGNORECASE
+)
 
 Interval = tuple[float, float]
 
@@ -28,6 +35,19 @@ def parse_intervals(text: str) -> list[Interval]:
     """
     spans = [(seconds_of(match[1]), seconds_of(match[2])) for match in SPAN.finditer(text)]
     return [(first, last) for first, last in spans if last >= first]
+
+
+def read_intervals(text: str) -> list[Interval] | None:
+    """The spans of an answer that is to be scored, in words (`parse_intervals`) or as a list, `[[00:05, 00:08], [1:02, 1:10]]`.
+
+    Where there is a list, it alone counts.
+
+    Returns:
+        None where the answer holds no span, or one that ends before it begins: such an answer is no answer.
+    """
+    pairs = PAIR.findall(text) or [(match[1], match[2]) for match in SPAN.finditer(text)]
+    spans = [(seconds_of(first), seconds_of(last)) for first, last in pairs]
+    return spans if spans and all(last >= first for first, last in spans) else None
 
 
 def parse_moment(text: str) -> float | None:

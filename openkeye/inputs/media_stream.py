@@ -14,7 +14,8 @@ from itertools import accumulate
 import numpy as np
 
 from openkeye.common.checks import InputError
-from openkeye.inputs.prompt import Medium, picture_hash
+from openkeye.inputs.picture_hash import picture_hash
+from openkeye.inputs.prompt import Medium
 from openkeye.inputs.video import DecodeHealth, Frames, Progress, VideoRequest, iterate_shown
 
 
@@ -31,8 +32,9 @@ class MediaStream:
         self.hashes: list[str | None] = [None] * self._firsts[-1]
         # of each picture that has been there: equal where the pixels are equal
         for first, item in zip(self._firsts, media, strict=False):
-            pixels_NHWC = item.pixels if isinstance(item, Frames) else [] if isinstance(item, VideoRequest) else [item]
-            self.hashes[first : first + len(pixels_NHWC)] = [picture_hash(picture) for picture in pixels_NHWC]
+            if not isinstance(item, VideoRequest):
+                named = item.hashes if isinstance(item, Frames) else [picture_hash(item)]
+                self.hashes[first : first + len(named)] = named
         self._num_decoded, self._num_to_decode = 0, self.hashes.count(None)
         self._notes = [[] if isinstance(item, np.ndarray) else _known_notes(item) for item in media]
         self.decode_seconds = 0.0

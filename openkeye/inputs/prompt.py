@@ -1,6 +1,5 @@
 """`Prompt`: tokens and positions of a chat, and the media in it, whose pixels may be still to come."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -74,12 +73,6 @@ def picture_size(medium: Medium) -> tuple[int, int]:
     """(height, width) of a medium's pictures at the model's size."""
     if isinstance(medium, VideoRequest):
         return medium.plan.height, medium.plan.width
-    shape = medium.pixels.shape[1:3] if isinstance(medium, Frames) else medium.shape[:2]
-    return int(shape[0]), int(shape[1])
-
-
-def picture_hash(picture_HWC: np.ndarray) -> str:
-    """32 hexadecimal digits: equal for equal pixels of equal shape."""
-    content = hashlib.blake2b(repr(picture_HWC.shape).encode(), digest_size=16)
-    content.update(np.ascontiguousarray(picture_HWC).data)
-    return content.hexdigest()
+    if isinstance(medium, Frames):
+        return medium.picture_size
+    return int(medium.shape[0]), int(medium.shape[1])

@@ -78,6 +78,10 @@ class TextTokenizer:
         """The id of one token's exact text, or None."""
         return self._template_reader.token_to_id(token)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text with its id, added tokens included."""
+        return self._template_reader.get_vocab(with_added_tokens=True)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import av
 import numpy as np
 
 from openkeye.common.checks import InputError
+from openkeye.inputs.picture_hash import picture_hash
 from openkeye.inputs.sampling import VideoLimits, VideoPlan, evenly_spaced, plan_video
 from openkeye.inputs.video_scan import VideoScan, open_video, scan_video
 
@@ -44,6 +46,21 @@ class Frames:
                 f"Frames need uint8 pixels [N, H, W, 3] and N times, got {self.pixels.dtype} {self.pixels.shape} "
                 f"and {len(self.times_seconds)} times"
             )
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width), known without the pixels where a subclass makes them when first asked."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Of each picture (`picture_hash`), made once for all prompts that hold this video."""
+        return [picture_hash(picture) for picture in self.pixels]
+
+    def until(self, seconds: float) -> "Frames":
+        """The frames shown up to a moment, one at least."""
+        num_kept = max(1, sum(time <= seconds for time in self.times_seconds))
+        return Frames(self.pixels[:num_kept], self.times_seconds[:num_kept], self.source, self.duration_seconds, self.notes)
 
 
 @dataclass(frozen=True)

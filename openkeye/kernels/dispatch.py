@@ -11,7 +11,7 @@
 | decode_in_pages, scores_in_pages, top_k_positions | indexer_decode.py, top_k.py, sparse_decode.py | only for answering |
 | experts_share | expert_shares.py | only for answering |
 | dense_attention, experts, cross_entropy (on a CPU too) | the files of these names | the same files |
-| apply_rotary (vision), index_scores (`openkeye check`) | plain | plain |
+| apply_rotary (vision), index_scores (`openkeye check`), route_as | plain | plain |
 
 On a CPU and in float64 the plain twins of `reference.py` serve; so they do on a GPU where no kernel takes the shapes, which is
 said once. In float32 kernels multiply in full precision, as the twins do. They choose between Triton and CUDA C++ themselves.
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from openkeye.kernels import cross_entropy as head
-from openkeye.kernels import reference, reference_sharding
+from openkeye.kernels import reference, reference_learning, reference_sharding
 from openkeye.kernels.layer_caches import LayerCaches
 
 if TYPE_CHECKING:
     from openkeye.kernels.sparse_decode import DecodeScratch
 
 apply_rotary, index_scores, widen = reference.apply_rotary, reference.index_scores, reference.widen
+route_as = reference_learning.route_as
 cross_entropy = head.cross_entropy
 rank_candidates, merge_candidates = reference_sharding.rank_candidates, reference_sharding.merge_candidates
 

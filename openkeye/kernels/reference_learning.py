@@ -1,4 +1,4 @@
-"""What learning alone needs, in plain PyTorch with autograd: the indexer's losses and the cross entropy of the head.
+"""What learning alone needs, in plain PyTorch with autograd: the indexer's losses, the head's cross entropy, replayed routes.
 
 The definitions, beside those of `reference`.
 
@@ -159,3 +159,20 @@ def cross_entropy(
     log_probability, lse, entropy = (torch.where(is_learnt, column, 0.0) for column in columns[:3])
     loss = -log_probability if token_weights_T is None else -log_probability * widen(token_weights_T)
     return TokenLosses(loss, log_probability, lse, entropy, torch.where(is_learnt, columns[3], -1))
+
+
+def route_as(logits_TE: Tensor, expert_ids_TK: Tensor, is_normalised: bool) -> tuple[Tensor, Tensor]:
+    """`route` to experts that were chosen before: only the choice is replayed, the weights are those of these logits.
+
+    They come from the softmax over all experts, so that an expert which these logits would not choose has a gradient too. Where
+    the choice is that of these logits, in its order, everything is the same to the last bit.
+
+    expert_ids_TK: whole numbers, no expert twice in a row; a row of -1 is routed by its logits.
+    """
+    probability_TE = widen(logits_TE).softmax(dim=-1)
+    own_TK = probability_TE.detach().topk(expert_ids_TK.shape[1], dim=-1).indices
+    ids_TK = torch.where(expert_ids_TK < 0, own_TK, expert_ids_TK.long())
+    weights = probability_TE.gather(1, ids_TK)
+    if is_normalised:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights.to(logits_TE.dtype), ids_TK

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openkeye.kernels.dispatch import experts, experts_share, route
+from openkeye.kernels.dispatch import experts, experts_share, route, route_as
 from openkeye.model.config import KeyeConfig
 from openkeye.model.sharding import ALONE
 
@@ -40,19 +40,38 @@ class MixtureOfExperts(nn.Module):
         self.keeps_router_logits = False
         # training's load balance reads `router_logits` after each call; answering keeps nothing
         self.router_logits: Tensor | None = None
+        self.replayed_TK: Tensor | None = None
+        # experts that the next call's tokens go to (`reference_learning.route_as`); None: routed by the call's own logits
+        self.rerouted_T: Tensor | None = None
+        # bool, of the last call that replayed: whether a token's own choice would have been another
+        self.keeps_picks = False
+        # a rollout's routes are read from `picked_TK` after each call
+        self.picked_TK: Tensor | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         logits = self.gate(x_TD)
         if self.keeps_router_logits:
             self.router_logits = logits
-        picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        if self.replayed_TK is None:
+            picks = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        else:
+            picks = route_as(logits, self.replayed_TK, self.norm_topk_prob)
+            self.rerouted_T = differing_choices(logits, picks[1])
+        if self.keeps_picks:
+            self.picked_TK = picks[1]
         own = self.experts
         tensors, scales = (x_TD, own.gate_up_proj, own.down_proj, *picks), (own.gate_up_scale, own.down_scale)
         if self.shard.size == 1:
             return experts(*tensors, *scales, self.has_fixed_blocks)
         first_expert = self.shard.part(logits.shape[1]).start
         return self.shard.add(experts_share(*tensors, first_expert, *scales, self.has_fixed_blocks))
+
+
+def differing_choices(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """[T] bool: whether a token's own best experts are others than these, in whatever order."""
+    own_TK = route(logits_TE.detach(), expert_ids_TK.shape[1], False)[1]
+    return (own_TK.sort(dim=-1).values != expert_ids_TK.sort(dim=-1).values).any(dim=-1)
 
 
 class DenseMlp(nn.Module):

@@ -37,6 +37,8 @@ class Place:
     step_in_stage: int
     loader_state: dict[str, Any] | None = None
     # of all ranks' lanes, as JSON; None at the beginning of a stage
+    policy: dict[str, Any] | None = None
+    # what reinforcement learning keeps beside its weights, as JSON: their version, where the run's journal stood
 
     def __post_init__(self) -> None:
         assert (self.loader_state is None) == (self.step_in_stage == 0), "a stage begins with a new loader"

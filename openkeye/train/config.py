@@ -1,11 +1,10 @@
 """Typed settings of a run: sources of samples, and stages that each say what trains, on what, how fast."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from openkeye.common.checks import InputError
+from openkeye.common.checks import InputError, check_least, check_number, check_one_of
 from openkeye.data.config import Share, SourceConfig
 
 PARTS = ("vision", "projector", "decoder", "indexer")
@@ -57,11 +56,11 @@ class StageConfig:
     def __post_init__(self) -> None:
         """Raises InputError where a stage contradicts itself; what needs the model or the run is `refusals.check_run`'s."""
         for name, least in (("num_steps", 1), ("context", 2), ("packs_per_step", 1), ("num_warmup_steps", 0)):
-            _check_least(f"stage {self.name!r}", name, getattr(self, name), least)
+            check_least(f"stage {self.name!r}", name, getattr(self, name), least)
         for name in ("rate", "indexer_weight", "answer_weight", "balance_weight"):
-            _check_number(f"stage {self.name!r}", name, getattr(self, name))
-        _check_one_of(f"stage {self.name!r}", "attention", self.attention, ATTENTIONS)
-        _check_one_of(f"stage {self.name!r}", "indexer_target", self.indexer_target, INDEXER_TARGETS)
+            check_number(f"stage {self.name!r}", name, getattr(self, name))
+        check_one_of(f"stage {self.name!r}", "attention", self.attention, ATTENTIONS)
+        check_one_of(f"stage {self.name!r}", "indexer_target", self.indexer_target, INDEXER_TARGETS)
         if self.tokens_per_pack and self.tokens_per_pack < self.context:
             raise self._wrong(
                 f"tokens_per_pack {self.tokens_per_pack} is below context {self.context}; give at least {self.context}, or 0"
@@ -92,7 +91,7 @@ class StageConfig:
         if idle := [part for part in self.rates if part not in self.trains]:
             raise self._wrong(f"rates has {', '.join(idle)}, which trains does not name; take them out, or let them train")
         for part, rate in self.rates.items():
-            _check_number(f"stage {self.name!r}", f"the rate of {part}", rate)
+            check_number(f"stage {self.name!r}", f"the rate of {part}", rate)
         others = [part for part in self.trains if part != "indexer"]
         if others and not self.answer_weight:
             raise self._wrong(f"{', '.join(others)} would learn nothing with answer_weight 0; raise it, or train the indexer")
@@ -167,13 +166,13 @@ class RunConfig:
                 )
         if unknown := [part for part in self.fresh if part not in PARTS]:
             raise InputError(f"fresh names {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
-        _check_one_of("run", "optimizer", self.optimizer, OPTIMIZERS)
-        _check_one_of("run", "indexer_optimizer", self.indexer_optimizer, OPTIMIZERS)
-        _check_one_of("run", "compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check_one_of("run", "optimizer", self.optimizer, OPTIMIZERS)
+        check_one_of("run", "indexer_optimizer", self.indexer_optimizer, OPTIMIZERS)
+        check_one_of("run", "compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         for name, least in (("num_shards", 0), ("num_workers", 0), ("log_every", 1), ("metrics_every", 1)):
-            _check_least("run", name, getattr(self, name), least)
+            check_least("run", name, getattr(self, name), least)
         for name in ("weight_decay", "save_every_seconds", "max_bad_share"):
-            _check_number("run", name, getattr(self, name))
+            check_number("run", name, getattr(self, name))
         if not self.clip > 0:
             raise InputError(f"run: clip is {self.clip}; give the largest gradient norm, above 0 (inf: no clipping)")
 
@@ -181,18 +180,3 @@ class RunConfig:
     def num_steps(self) -> int:
         """Of all stages."""
         return sum(stage.num_steps for stage in self.stages)
-
-
-def _check_least(where: str, name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{where}: {name} is {value}; give at least {least}")
-
-
-def _check_number(where: str, name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"{where}: {name} is {value}; give a number from 0 on")
-
-
-def _check_one_of(where: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{where}: {name} is {value!r}; choose one of {', '.join(choices)}")

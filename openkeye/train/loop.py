@@ -5,9 +5,7 @@ A run is a list of stages (`config.py`); it can stop after any step and go on, o
 `Trainer.run` ──> `_run_stage` ──> `_step`: packs (`data/loader.py`) ──> `LossModel` ──> backward ──> `Optimizer` ──> `StepLog`
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from openkeye.common.checks import InputError
 from openkeye.common.launch import num_ranks
-from openkeye.common.log import JsonLines
+from openkeye.common.log import JsonLines, forget_after
 from openkeye.data.config import LoaderConfig
 from openkeye.data.loader import merge_states
 from openkeye.data.packed_batch import PackedBatch
@@ -39,8 +37,16 @@ from openkeye.train.optimizer import Optimizer
 from openkeye.train.refusals import check_run, check_run_dir, claim_run_dir
 from openkeye.train.reporter import Reporter
 from openkeye.train.schedule import rates_at
-from openkeye.train.shard import Ranks, compile_regions, follow_what_trains, joined, shard_parameters, training_device
-from openkeye.train.start import fill, write_finished
+from openkeye.train.shard import (
+    Ranks,
+    compile_regions,
+    follow_what_trains,
+    joined,
+    pass_dtype,
+    shard_parameters,
+    training_device,
+)
+from openkeye.train.start import fill, first_weights, is_all_fresh, write_finished
 from openkeye.train.step_log import Record, StepLog
 
 LOG_FILE = "log.jsonl"
@@ -139,7 +145,8 @@ class Trainer:
                     self._say(f"{why}: step {place.step} is saved in {self.run_dir}; start the same run again to go on from it")
                     return False
         self.checkpoints.wait()
-        write_finished(self.keye, self.config, self.ranks)
+        keeps_tensors = not is_all_fresh(self.config)
+        write_finished(self.keye, self.config.model_dir, Path(self.config.out_dir), self.ranks, keeps_tensors)
         self._say(f"finished: {self.config.out_dir} holds the model")
         return True
 
@@ -147,7 +154,7 @@ class Trainer:
         """Fill the network, from the latest checkpoint or anew."""
         place = self.checkpoints.place()
         if place is None:
-            fill(self.keye, self.config, self.ranks)
+            fill(self.keye, lambda: first_weights(self.config, self.model_config), self.ranks)
             return Place(step=0, stage=0, step_in_stage=0)
         self._say(f"going on from step {place.step} of {self.config.num_steps}")
         self._begin_stage(place.stage)
@@ -167,7 +174,7 @@ class Trainer:
                 raise InputError(f"stage {stage.name!r}: balance_weight balances experts, and the model has none; set it to 0")
         if config.compiles:
             compile_regions(self.keye)
-        shard_parameters(self.loss_model, self.keye, self.ranks, compute_dtype(config, device))
+        shard_parameters(self.loss_model, self.keye, self.ranks, pass_dtype(config.compute_dtype, device))
         self.loss_model.to_empty(device=device)
         self.optimizer = Optimizer(device, config.clip, config.weight_decay)
         # Experts' shares of the picks of the step before, over all packs and ranks: known before a step's first backward pass.
@@ -302,24 +309,6 @@ class Trainer:
             top_k=self.model_config.indexer.top_k if stage.attention == "sparse" else None,
             stage=stage.name,
         )
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Leave out the records of later steps: a run that was killed goes on from its checkpoint, and comes to them again."""
-    if not path.is_file():
-        return
-    # The last line of a process that was killed may be cut short.
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    os.replace(unfinished, path)
-
-
-def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What passes compute in; parameters and moments are fp32 always."""
-    if config.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if config.compute_dtype == "float32" else torch.bfloat16
 
 
 def loader_record(figures: list[Any]) -> Record:

@@ -1,6 +1,7 @@
 """`PackedPast`: the past of a `PackedBatch`, dense or sparse, with the indexer's loss taken in the same walk.
 
-Letters: T tokens of the pack, H query heads, G KV heads, D head width, J indexer heads, I indexer width, K picked keys.
+Letters: T tokens of the pack, H query heads, G KV heads, D head width, J indexer heads, I indexer width, K picked keys, N
+tokens whose picks are kept.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,6 @@ class Teaching:
     # selection, summed; "selected_dense": the dense distribution cut to the selection (report, sparse adaptation)
     weights_T: Tensor
     # of each token in the loss: 1 / (tokens of all packs of the step), so that packing changes nothing
-    emulates_e4m3: bool = False
-    # the indexer's queries and keys are rounded as answering in e4m3 rounds them; gradients pass straight through
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -49,6 +48,10 @@ class PackedPast:
         attention: "dense" or "sparse".
         teaching: what the indexer learns from; None leaves it alone.
         wants_metrics: whether `report` is to hold recall, mass and unique keys.
+        emulates_e4m3: the indexer's queries and keys are rounded as answering in e4m3 rounds them; gradients pass straight
+            through.
+
+        kept_rows_N: tokens whose selected keys are kept in `kept_picks`, by layer [N, K], -1 where there are fewer.
 
     Raises:
         ValueError: an attention of another name, no tokens, or top_k below 1.
@@ -61,6 +64,8 @@ class PackedPast:
         attention: str = "dense",
         teaching: Teaching | None = None,
         wants_metrics: bool = False,
+        emulates_e4m3: bool = False,
+        kept_rows_N: Tensor | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
             raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -69,7 +74,9 @@ class PackedPast:
         if teaching is not None and teaching.weights_T.shape != (layout.num_tokens,):
             raise ValueError(f"teaching needs weights [{layout.num_tokens}], got {list(teaching.weights_T.shape)}")
         self.layout, self.top_k, self.attention, self.teaching = layout, top_k, attention, teaching
-        self.wants_metrics = wants_metrics
+        self.wants_metrics, self.emulates_e4m3 = wants_metrics, emulates_e4m3
+        self.kept_rows_N = kept_rows_N
+        self.kept_picks: dict[int, Tensor] = {}
         self._visible: VisibleKeys | None = None
         self._losses: dict[int, Tensor] = {}
         self._divergences: dict[int, Tensor] = {}
@@ -132,6 +139,8 @@ class PackedPast:
         if index is None:
             return packs.branched_attention(*trunk, visible, scale)
         picked, index = self._select(index, visible)
+        if self.kept_rows_N is not None and picked is not None:
+            self.kept_picks.setdefault(layer_index, picked[self.kept_rows_N])
         if self.wants_metrics and layer_index not in self._metrics:
             self._measure(layer_index, query_THD, key_TGD, index, picked, scale)
         if self.teaching is None:
@@ -188,7 +197,7 @@ class PackedPast:
     def _select(self, index: IndexerOutput, visible: VisibleKeys) -> tuple[Tensor | None, IndexerOutput]:
         """[T, K] picked keys where somebody needs them, and the indexer's output as it is scored."""
         needs_picked = self.attention == "sparse" or (self.teaching is not None and self.teaching.target != "dense")
-        if self.teaching is None or not self.teaching.emulates_e4m3:
+        if not self.emulates_e4m3:
             if not needs_picked:
                 return None, index
             return packs.branched_select(index.query_TJI, index.gates_TJ, index.key_TI, self.top_k, visible), index

@@ -23,6 +23,9 @@ from openkeye.common.launch import local_rank, num_ranks, rank
 from openkeye.model.decoder import DecoderLayer
 from openkeye.model.keye import KeyeModel
 
+GATHERED_PARAMETERS = 10**9
+# that one rank gathers at once: with their gradients on the way they are 10 bytes each beside masters and moments
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -88,13 +91,20 @@ def joined(device: torch.device, num_shards: int) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def pass_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What passes compute in, of `config.COMPUTE_DTYPES`; parameters and moments are fp32 always."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
 def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_dtype: torch.dtype) -> None:
     """Share out the parameters of `module`, whose forward makes all calls of `keye`; masters stay as they are, in fp32.
 
-    Units, over several ranks: every decoder layer, every indexer, and the rest. The vision tower belongs to the rest, gathered
-    once a pass: pictures of different sizes go through its layers in calls of their own, so that ranks would gather differently
-    often, and wait for ever. An indexer stays gathered until its gradients are there, because in a warm-up nothing else of its
-    layer has any and nobody would gather it again.
+    Units, over several ranks or of a large network: every decoder layer, every indexer, and the rest. The vision tower belongs
+    to the rest, gathered once a pass: pictures of different sizes go through its layers in calls of their own, so that ranks
+    would gather differently often, and wait for ever. An indexer stays gathered until its gradients are there, because in a
+    warm-up nothing else of its layer has any and nobody would gather it again.
 
     Gradients are summed over ranks and never averaged: the loss is divided by the count of all ranks' tokens.
     """
@@ -105,8 +115,7 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if compute_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # One rank gains nothing from gathering layer by layer, and a small network's step is as long as its hooks and copies.
-    for layer in decoder_layers(keye) if ranks.size > 1 else ():
+    for layer in decoder_layers(keye) if gathers_by_layer(keye, ranks.size) else ():
         indexer = layer.self_attn.sa_indexer
         fully_shard(indexer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         register_fsdp_forward_method(indexer, "observe")
@@ -115,6 +124,11 @@ def shard_parameters(module: nn.Module, keye: KeyeModel, ranks: Ranks, compute_d
     for unit in units(module):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def gathers_by_layer(keye: KeyeModel, num_ranks: int) -> bool:
+    """Whether layers are units. One rank gains nothing but room: a small network's step is as long as its hooks and copies."""
+    return num_ranks > 1 or sum(parameter.numel() for parameter in keye.parameters()) > GATHERED_PARAMETERS
 
 
 def units(module: nn.Module) -> list[FSDPModule]:

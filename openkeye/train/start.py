@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def first_weights(config: RunConfig, model_config: KeyeConfig) -> dict[str, Tens
     """
     weights: dict[str, Tensor] = {}
     if not is_all_fresh(config):
-        weights |= load_model(resolve_model_dir(config.model_dir), dtype=torch.float32).state_dict()
+        weights |= loaded_weights(config.model_dir)
     if config.fresh:
         model = KeyeModel(model_config)
         initialise(model, config.seed)
@@ -66,16 +67,29 @@ def kept_tensors(folder: Path) -> tuple[KeptTensor, ...]:
     return tuple(kept)
 
 
-def fill(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
-    """Rank 0 reads or draws the first weights, and every rank gets its part of them."""
-    weights: dict[str, Any] = dict(first_weights(config, keye.config)) if ranks.rank == 0 else {}
+def loaded_weights(model_dir: str) -> dict[str, Tensor]:
+    """Every parameter of a checkpoint in fp32 on the CPU.
+
+    Raises:
+        InputError: the checkpoint does not fit its config.json.
+    """
+    return load_model(resolve_model_dir(model_dir), dtype=torch.float32).state_dict()
+
+
+def fill(keye: KeyeModel, make_weights: Callable[[], dict[str, Tensor]], ranks: Ranks) -> None:
+    """Rank 0 makes the first weights, and every rank gets its part of them."""
+    weights: dict[str, Any] = make_weights() if ranks.rank == 0 else {}
     set_model_state_dict(keye, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def write_finished(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
+def write_finished(keye: KeyeModel, model_dir: str, out_dir: Path, ranks: Ranks, keeps_tensors: bool = True) -> None:
     """The model in the published layout in `out_dir`, with the tokenizer's and processor's files; all ranks call it.
 
     The folder is written beside the old one and takes its place when it is whole.
+
+    Args:
+        model_dir: that the run began with.
+        keeps_tensors: whether its tensors that no computation uses are written back.
 
     Raises:
         InputError: the folder cannot be written.
@@ -92,16 +106,15 @@ def write_finished(keye: KeyeModel, config: RunConfig, ranks: Ranks) -> None:
     with torch.device("meta"):
         model = KeyeModel(keye.config)
     model.load_state_dict(weights, assign=True)
-    if not is_all_fresh(config):
-        model.kept_tensors = kept_tensors(resolve_model_dir(config.model_dir))
-    out_dir = Path(config.out_dir)
+    if keeps_tensors:
+        model.kept_tensors = kept_tensors(resolve_model_dir(model_dir))
     unfinished, old = out_dir.with_name(out_dir.name + ".unfinished"), out_dir.with_name(out_dir.name + ".old")
     with writing_to(out_dir):
         for rest in (unfinished, old):
             if rest.exists():
                 shutil.rmtree(rest)
         unfinished.mkdir(parents=True)
-        for path in resolve_model_dir(config.model_dir).iterdir():
+        for path in resolve_model_dir(model_dir).iterdir():
             if path.is_file() and path.name != MODEL_CARD and not path.name.endswith(WEIGHT_ENDINGS):
                 shutil.copy2(path, unfinished / path.name)
         save_model(model, unfinished)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openkeye.apps.http_api.answer_parser import AnswerParser
 from openkeye.apps.http_api.application import make_application
 from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules
@@ -17,6 +16,7 @@ from openkeye.apps.http_api.server import listen, run_server
 from openkeye.engine.answer import Answer
 from openkeye.engine.answering import ServiceStats
 from openkeye.engine.events import ErrorEvent, FinishEvent, TokenEvent
+from openkeye.inputs.answer_parser import AnswerParser
 
 CALL = '<tool_call>\n{"name": "crop", "arguments": {"seconds": 5.5}}\n</tool_call>'
 THOUGHT = "<think>\nIt is red.\n</think>\n\n"

@@ -13,6 +13,7 @@ from openkeye.apps.commands import main
 from openkeye.apps.recipe_files import open_recipe, settings_of
 from openkeye.common.checks import InputError
 from openkeye.frameforge.writer import film, make_clip
+from openkeye.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 QUESTION, ANSWER = "What is the video about?", "Red dog."
@@ -148,22 +149,24 @@ def wrong():
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "my_run.py"
     path.write_text(RECIPE)
-    config = settings_of(open_recipe(f"{path}:first"), ["size=7", "seed=2", "is_big=yes", "stages.s7.context=99", "clip=2"])
+    config = settings_of(
+        open_recipe(f"{path}:first"), ["size=7", "seed=2", "is_big=yes", "stages.s7.context=99", "clip=2"], RunConfig
+    )
     assert config.stages[0].num_steps == 7 and config.seed == 21 and config.stages[0].context == 99 and config.clip == 2.0
     assert open_recipe(f"{path}:second")().stages[0].num_steps == 2
     path.write_text(RECIPE + "\n\ndef my_run(size: int = 4) -> RunConfig:\n    return first(size)\n")
-    assert settings_of(open_recipe(str(path)), []).stages[0].num_steps == 4
+    assert settings_of(open_recipe(str(path)), [], RunConfig).stages[0].num_steps == 4
     with pytest.raises(InputError, match="returned a int; return an openkeye"):
-        settings_of(open_recipe(f"{path}:wrong"), [])
+        settings_of(open_recipe(f"{path}:wrong"), [], RunConfig)
 
 
 def test_arguments_that_are_mappings(tmp_path):
     path = tmp_path / "mapped.py"
     path.write_text(RECIPE.replace(" | None = None", "").replace("seed: int = 1, data", "data").replace("seed * 10", "5 "))
-    config = settings_of(open_recipe(f"{path}:first"), ["size=1", "data.a=x,y", "data.b=z"])
+    config = settings_of(open_recipe(f"{path}:first"), ["size=1", "data.a=x,y", "data.b=z"], RunConfig)
     assert config.sources["x"].path == str({"a": ("x", "y"), "b": ("z",)})
     with pytest.raises(InputError, match=r"needs data; give data\.NAME=VALUE"):
-        settings_of(open_recipe(f"{path}:first"), ["size=1"])
+        settings_of(open_recipe(f"{path}:first"), ["size=1"], RunConfig)
 
 
 @pytest.mark.parametrize(

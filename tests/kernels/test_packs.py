@@ -197,11 +197,11 @@ def test_losses_on_kernels_reach_only_what_they_teach(device, kernels_serve, att
 
 def test_a_layer_computed_again_learns_the_same(device, kernels_serve):
     layout = make_layout((21, (4,)))
-    teaching = Teaching("selected", torch.full((25,), 1 / 25, device=device), emulates_e4m3=True)
+    teaching = Teaching("selected", torch.full((25,), 1 / 25, device=device))
     made = []
     for recomputes in (False, True):
         given = project(layout, device)
-        past = PackedPast(layout, 6, "sparse", teaching)
+        past = PackedPast(layout, 6, "sparse", teaching, emulates_e4m3=True)
 
         def layer(past=past, given=given) -> Tensor:
             return past.attend(0, *(2 * x for x in given.trunk), given.index)

@@ -200,7 +200,7 @@ def test_layers_are_averaged():
 def test_e4m3_selects_and_scores_with_rounded_numbers_and_lets_gradients_through():
     # float32 as the model computes: quantising is defined from there on
     given = draw(LAYOUT.num_tokens, seed=8).moved("cpu", torch.float32)
-    past = PackedPast(LAYOUT, K, "sparse", Teaching("selected", weights_of(LAYOUT, torch.float32), emulates_e4m3=True))
+    past = PackedPast(LAYOUT, K, "sparse", Teaching("selected", weights_of(LAYOUT, torch.float32)), emulates_e4m3=True)
     output = run(past, given)
     codes, scales = quantize_vectors(given.index_key.detach())
     lists = []
@@ -306,7 +306,7 @@ def test_emulated_e4m3_is_what_the_engine_answers_with():
     weights = weights_of(layout, torch.float32)
     found = {}
     for is_e4m3 in (True, False):
-        past = PackedPast(layout, top_k, "sparse", Teaching("selected", weights, is_e4m3))
+        past = PackedPast(layout, top_k, "sparse", Teaching("selected", weights), emulates_e4m3=is_e4m3)
         found[is_e4m3] = model(embeds, positions, past)
     config = EngineConfig(page_size=8, cache_tokens=128, index_cache="e4m3")
     num_changed = 0

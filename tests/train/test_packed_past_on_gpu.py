@@ -53,8 +53,8 @@ def run(
     weights = torch.rand(num_tokens, generator=generator, device="cuda", dtype=torch.float32).to(wide) / num_tokens
     # Rounded alike for every precision.
     direction = torch.randn(given.query.shape, generator=generator, device="cuda", dtype=torch.bfloat16).to(given.query.dtype)
-    teaching = None if target is None else Teaching(target, weights, is_e4m3)
-    past = PackedPast(layout, shape.top_k, attention, teaching, wants_metrics)
+    teaching = None if target is None else Teaching(target, weights)
+    past = PackedPast(layout, shape.top_k, attention, teaching, wants_metrics, is_e4m3)
     output = past.attend(0, *given.trunk, given.index if past.needs_index else None)
     loss = (output * direction).to(wide).sum()
     if target is not None:

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from openkeye.apps.http_api.answer_parser import AnswerParser, Piece
 from openkeye.apps.http_api.body import read_json_body
 from openkeye.apps.http_api.chat_request import ChatRequest, engine_messages, parse_chat_request
 from openkeye.apps.http_api.chat_response import ChatResponse
@@ -22,6 +21,7 @@ from openkeye.apps.http_api.limits import ServerLimits
 from openkeye.apps.http_api.media_rules import MediaRules
 from openkeye.apps.http_api.metrics import Metrics
 from openkeye.engine.events import ErrorEvent, Event, FinishEvent, TokenEvent
+from openkeye.inputs.answer_parser import AnswerParser, Piece
 from openkeye.inputs.processor import Processor
 
 if TYPE_CHECKING:

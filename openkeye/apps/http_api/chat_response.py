@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openkeye import __version__
-from openkeye.apps.http_api.answer_parser import Piece
 from openkeye.engine.events import FinishEvent, TokenEvent
+from openkeye.inputs.answer_parser import Piece
 
 LOWEST_LOGPROB = -9999.0
 # what the API writes for impossible tokens: JSON knows no infinity

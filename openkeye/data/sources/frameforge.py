@@ -20,13 +20,12 @@ from openkeye.frameforge.needles import MIN_SPARSE_SECONDS, make_sparse_scene
 from openkeye.frameforge.questions import Question, make_questions
 from openkeye.frameforge.render import RenderJob, scene_job
 from openkeye.frameforge.scene import Scene, SceneSettings, make_scene
+from openkeye.frameforge.still_pictures import CANVASES, still_job
 from openkeye.frameforge.stills import make_still, still_questions
 from openkeye.frameforge.stream import TRAINING_SPACE, TrainingClip, make_training_clip
 from openkeye.frameforge.timelines import caption, is_answered_by_text, timeline
 from openkeye.inputs.processor import Processor
 
-CANVASES = (112, 168, 224)
-# pixels; a still image is cut from the smallest that holds it
 FRAME_SECONDS = 0.5
 TEXT_STEP_SECONDS = 0.1
 Options = TypeVar("Options")
@@ -332,13 +331,8 @@ def frameforge_source(reader: str, model_dir: str, options: Mapping[str, Any]) -
 
 def still_pictures(scene: Scene, height: int, width: int, seed: int) -> DrawnPictures:
     """A still image of any shape: places are shares of the picture, sizes shares of its shorter side."""
-    canvas = next(side for side in CANVASES if side >= max(height, width))
-    job = scene_job(scene, np.zeros(1))
-    rows = job.instances.copy()
-    rows[:, 2] = 0.5 + (rows[:, 2] - 0.5) * (width / canvas)
-    rows[:, 3] = 0.5 + (rows[:, 3] - 0.5) * (height / canvas)
-    rows[:, 4] *= min(height, width) / canvas
-    return DrawnPictures(replace(job, instances=rows), canvas, height, width, seed)
+    job, canvas = still_job(scene, height, width)
+    return DrawnPictures(job, canvas, height, width, seed)
 
 
 def _questions_about_several(scenes: list[Scene], rng: np.random.Generator, most: int) -> list[Question]:

@@ -9,17 +9,20 @@ from openkeye.common.checks import InputError
 from openkeye.data.config import SourceConfig
 from openkeye.data.sample import Source
 
+PACKAGE = "openkeye.data.sources"
 Opener = Callable[[str, SourceConfig, str], Source]
 # (name of the source, its settings, the model's folder)
 
 
 def _reader(place: str) -> Opener:
-    """Opens a class at `module:name` below this package, made from (path, options by keyword); imported when it is used."""
+    """Opens a class at `module:name`, made from (path, options by keyword); imported when it is used."""
 
     def open_reader(name: str, config: SourceConfig, model_dir: str) -> Source:
         module, attribute = place.split(":")
         try:
-            reader = getattr(import_module(f"openkeye.data.sources.{module}"), attribute)
+            reader = getattr(import_module(module), attribute)
+        except AttributeError as error:
+            raise InputError(f"source {name!r}: {error}; give MODULE:CLASS") from error
         except ModuleNotFoundError as error:
             raise InputError(
                 f"source {name!r}: {config.reader} needs the package {error.name}; run `pip install 'openkeye[train]'`"
@@ -43,15 +46,15 @@ def _open_frameforge(name: str, config: SourceConfig, model_dir: str) -> Source:
 
 
 READERS: dict[str, Opener] = {
-    "chat_json_lines": _reader("chat_json_lines:ChatJsonLines"),
-    "web_dataset": _reader("web_dataset:TarShards"),
-    "parquet": _reader("parquet:ParquetRows"),
-    "charades_sta": _reader("charades_sta:CharadesSta"),
-    "qvhighlights": _reader("qvhighlights:QvHighlights"),
-    "timelens": _reader("timelens:TimeLens"),
-    "llava_video": _reader("llava_video:LlavaVideo"),
-    "text_files": _reader("text_files:TextFiles"),
-    "folder": _reader("folder:Folder"),
+    "chat_json_lines": _reader(f"{PACKAGE}.chat_json_lines:ChatJsonLines"),
+    "web_dataset": _reader(f"{PACKAGE}.web_dataset:TarShards"),
+    "parquet": _reader(f"{PACKAGE}.parquet:ParquetRows"),
+    "charades_sta": _reader(f"{PACKAGE}.charades_sta:CharadesSta"),
+    "qvhighlights": _reader(f"{PACKAGE}.qvhighlights:QvHighlights"),
+    "timelens": _reader(f"{PACKAGE}.timelens:TimeLens"),
+    "llava_video": _reader(f"{PACKAGE}.llava_video:LlavaVideo"),
+    "text_files": _reader(f"{PACKAGE}.text_files:TextFiles"),
+    "folder": _reader(f"{PACKAGE}.folder:Folder"),
     "frameforge_videos": _open_frameforge,
     "frameforge_pictures": _open_frameforge,
     "frameforge_text": _open_frameforge,
@@ -65,9 +68,11 @@ def open_source(name: str, config: SourceConfig, model_dir: str | Path = "") -> 
     Raises:
         InputError: an unknown reader or option, a value of the wrong type, or a file or folder that is not there.
     """
-    opener = READERS.get(config.reader)
+    opener = _reader(config.reader) if config.reader.count(":") == 1 else READERS.get(config.reader)
     if opener is None:
-        raise InputError(f"source {name!r}: no reader {config.reader!r}; choose from {', '.join(READERS)}")
+        raise InputError(
+            f"source {name!r}: no reader {config.reader!r}; choose from {', '.join(READERS)}, or give MODULE:CLASS"
+        )
     return opener(name, config, str(model_dir))
 
 

@@ -93,7 +93,8 @@ class AnswerParser:
 def _parse_call(text: str) -> Piece | None:
     try:
         content: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # (the latter: brackets in brackets, some thousand deep)
         return None
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         return None

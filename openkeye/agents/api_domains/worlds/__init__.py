@@ -1,0 +1,1 @@
+"""The worlds, by theme. Every world has tables, rules and actions of its own."""

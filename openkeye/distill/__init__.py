@@ -1,0 +1,1 @@
+"""Multi-teacher on-policy distillation: several teachers, one student that answers for itself."""
