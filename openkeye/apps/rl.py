@@ -9,7 +9,7 @@ from openkeye.common.checks import InputError
 if TYPE_CHECKING:
     from openkeye.rl.run_config import PostTrainingConfig
 
-SUMMARY = "post-train a model by a recipe: reinforcement learning, distillation; the same command goes on where it stopped"
+SUMMARY = "reinforcement learning of a model by a recipe; the same command goes on where it stopped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
