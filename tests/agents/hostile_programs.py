@@ -40,7 +40,8 @@ for _ in range(300):
 print(made)
 time.sleep(0.2)
 """,
-        lambda ended: 0 < int(ended.stdout) <= 11,
+        # (a plain user's runs share one number, so that others' processes may leave none)
+        lambda ended: 0 <= int(ended.stdout) <= 11,
     ),
     "forks of forks": Hostile(
         """
