@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ class CallCounts:
         return 1.0 if attempts == 0 else (self.calls - self.wrong) / attempts
 
 
-class ToolEnvironment:
+class ToolEnvironment(ABC):
     """An environment over tools. Those that hold state beside give `begin` and `tools`, and add to `score`.
 
     Everything it holds can be pickled between two steps: tools are made anew at each of them.
@@ -52,12 +53,12 @@ class ToolEnvironment:
         self.counts = CallCounts()
         self.is_done = False
 
-    async def begin(self) -> None:
+    async def begin(self) -> None:  # noqa: B027 (a hook, which most worlds do without)
         """Make the world's first state."""
 
+    @abstractmethod
     async def tools(self) -> Sequence[Tool]:
         """What the model may call now."""
-        raise NotImplementedError
 
     async def reset(self) -> Opening:
         self.counts = CallCounts()
@@ -83,7 +84,7 @@ class ToolEnvironment:
     async def score(self) -> Mapping[str, float]:
         return {"valid_calls": self.counts.valid_share}
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 (the same)
         """Nothing is held outside."""
 
 

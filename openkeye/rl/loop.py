@@ -31,13 +31,13 @@ from openkeye.rl.journal import Journal
 from openkeye.rl.roles import LearnedRollout, Record, RoleLost, Roles, ScoredRollout, Update
 from openkeye.rl.rollout import RolloutId, TokenStreams
 from openkeye.rl.rollout_figures import count_figures, evaluation_figures, rollout_figures
-from openkeye.rl.run_config import PostTrainingConfig, claim_run_dir
+from openkeye.rl.run_config import JOURNAL_DIR, PostTrainingConfig, claim_run_dir
 from openkeye.rl.sampling import Sampling, first_end
 from openkeye.train.interrupts import Interrupts
 from openkeye.train.reporter import Reporter
 
 LOG_FILE, STAGE = "log.jsonl", "post-training"
-JOURNAL_DIR, WEIGHTS_DIR = "journal", "weights"
+WEIGHTS_DIR = "weights"
 LEAST_COMPACTED_BYTES = 1 << 20
 WATCH_SECONDS = 0.1
 T = TypeVar("T")

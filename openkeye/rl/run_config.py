@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from openkeye.common.checks import InputError, writing_to
+from openkeye.rl.journal import LINES
 
 Option = str | int | float | bool
 TAKES = ("finished", "opened")
 SETTINGS_FILE = "settings.json"
+JOURNAL_DIR = "journal"
 MAY_CHANGE = {
     "run_dir", "out_dir", "num_workers", "num_slots", "num_environments", "num_scorers", "num_ranks", "has_tensorboard",
     "rollout_seconds", "blocked_seconds", "max_losses", "save_every_steps",
@@ -147,7 +149,9 @@ def claim_run_dir(config: PostTrainingConfig) -> None:
     """
     folder, own = Path(config.run_dir), _as_json(config)
     path = folder / SETTINGS_FILE
-    if path.is_file():
+    # A start that was refused before anything happened leaves a folder that any settings may take.
+    has_begun = any(lines.stat().st_size for lines in (folder / JOURNAL_DIR).glob(f"*{LINES}"))
+    if path.is_file() and has_begun:
         saved = json.loads(path.read_text())
         told = [
             f"{name} was {saved.get(name)!r} and is {own[name]!r}"

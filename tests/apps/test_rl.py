@@ -130,3 +130,11 @@ def test_curves_of_many_tasks_name_as_many_as_there_is_room_for(tmp_path):
     record = {"step": 1, "stage": "post-training"} | {f"outcome/task {number}": number / 20 for number in range(14)}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record | {"step": step}) + "\n" for step in (1, 2)))
     assert draw_curves(tmp_path).stat().st_size > 5_000
+
+
+def test_a_start_that_was_refused_leaves_its_folder_to_other_settings(tmp_path, capsys):
+    words = ["rl", "reinforce", "task=arithmetic", f"out_dir={tmp_path}/model", f"run_dir={tmp_path}/run", "num_steps=1"]
+    assert main([*words, f"model_dir={tmp_path}/nowhere"]) == 2
+    assert main([*words, f"model_dir={tmp_path}/elsewhere"]) == 2
+    # The second is refused for its own fault, not for the settings of the first.
+    assert "elsewhere: no such model folder" in capsys.readouterr().err
