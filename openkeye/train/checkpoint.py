@@ -85,8 +85,11 @@ class Checkpoints:
         try:
             future.result()
         except (OSError, dcp.api.CheckpointException) as error:
+            # The other one's own text is a traceback of every rank.
+            first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+            why = str(first).strip().partition("\n")[0]
             raise InputError(
-                f"{self.folder}: the checkpoint of step {place.step} could not be written ({error}); free some space and "
+                f"{self.folder}: the checkpoint of step {place.step} could not be written ({why}); free some space and "
                 "start again: the run goes on from the one before"
             ) from error
         # The future of rank 0 is done when the parts of all ranks are written.
